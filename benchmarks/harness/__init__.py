@@ -1,0 +1,1 @@
+"""What the benchmarks share: processes that leave nothing behind, reports, summaries, provenance."""

@@ -1,0 +1,235 @@
+"""From a fault to the first collective of the last rank: Seamark beside torchrun and nvidia-resiliency-ext.
+
+Four ranks over Gloo on this machine run one training loop (`training/`) under each system in turn, and are
+made to raise or are killed. README.md has the method, `--help` the options.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from harness import peers, provenance, results, systems
+from harness.processes import become_subreaper, end_descendants
+from harness.restart_table import record_of, shown, table_of
+from harness.restarts import SETTLE, Row, Sample, Scenario, measure
+
+SYSTEMS = ("seamark", "torchrun", "nvrx")
+FULL = {"exceptions": 200, "kills": 50, "peer_faults": 5}
+QUICK = {"exceptions": 5, "kills": 3, "peer_faults": 1}
+
+WIDTH_OF_FILES = 110  # columns of the output that goes to no terminal
+
+EXAMPLES = """\b
+Examples:
+  python benchmarks/restart.py --quick               every row, few faults: does it run here?
+  python benchmarks/restart.py --json restart.json   all of it, with a result file
+  python benchmarks/restart.py --systems seamark     without the peers
+  python benchmarks/restart.py --systems torchrun,nvrx --peer-faults 20
+"""
+
+
+def parse_systems(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """Split `--systems` at its commas."""
+    chosen = tuple(name.strip() for name in value.split(","))
+    if unknown := set(chosen) - set(SYSTEMS):
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(SYSTEMS)}")
+    return chosen
+
+
+def seamark_version() -> str:
+    """The version as installed, or the commit of the sources that are run."""
+    try:
+        return metadata.version("seamark")
+    except metadata.PackageNotFoundError:
+        commit = provenance.commit()["commit"]
+        return f"commit {commit[:9]}" if isinstance(commit, str) else "not committed"
+
+
+def seamark_rows(exceptions: int, kills: int) -> list[Row]:
+    """Seamark: one rank raises, one is killed and replaced."""
+    system = systems.seamark(seamark_version())
+    return [
+        Row(Scenario(system, "exception", "in process", exceptions)),
+        Row(Scenario(system, "kill", "replace", kills)),
+    ]
+
+
+def torchrun_rows(faults: int) -> list[Row]:
+    """torchrun, which answers either fault by replacing all ranks."""
+    version = metadata.version("torch")
+    rows = []
+    for system in (systems.torchrun(version), systems.torchrun_new_store(version)):
+        rows.append(Row(Scenario(system, "exception", "replace", faults)))
+        rows.append(Row(Scenario(system, "kill", "replace", faults)))
+    return rows
+
+
+def nvrx_rows(faults: int, environment: Path) -> list[Row]:
+    """nvidia-resiliency-ext: its wrapper, which brings no dead rank back, and its launcher, which does."""
+    error = None
+    try:
+        peer = peers.ensure(environment, "nvidia-resiliency-ext", "nvidia_resiliency_ext.inprocess")
+    except peers.PeerUnavailable as reason:
+        peer, error = peers.Peer(environment, "not installed"), str(reason)
+    wrapper, launcher = systems.nvrx_inprocess(peer), systems.nvrx_launcher(peer)
+    survivors, all_but_its_store = systems.RANKS - 1, range(1, systems.RANKS)
+    return [
+        Row(Scenario(wrapper, "exception", "in process", faults), error=error),
+        Row(Scenario(wrapper, "kill", "shrink", faults, survivors, all_but_its_store, 1), error=error),
+        Row(Scenario(launcher, "kill", "replace", faults), error=error),
+    ]
+
+
+@contextmanager
+def work_directory(kept: Path | None) -> Iterator[Path]:
+    """A new directory below `kept`, or a temporary one that is removed at the end."""
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield Path(tempfile.mkdtemp(prefix="run-", dir=kept.resolve()))
+        return
+    # Short, for the sockets below it: the path of a unix socket ends at 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        yield Path(directory)
+
+
+def run_rows(rows: list[Row], work: Path, seed: int, deadline: float, console: Console) -> None:
+    """Measure one row after the other, and show how far each is."""
+    name_and_bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    last = TextColumn("{task.fields[last]}")
+    with Progress(*name_and_bar, last, console=console, refresh_per_second=4) as progress:
+        for index, row in enumerate(rows):
+            if row.error:
+                continue
+            scenario = row.scenario
+            name = f"{scenario.system.name}: {scenario.fault}, {scenario.outcome}"
+            task = progress.add_task(name, total=scenario.faults, last="starting")
+
+            def on_sample(sample: Sample, task: TaskID = task) -> None:
+                progress.update(task, advance=1, last=shown(sample.seconds, deadline))
+
+            directory = work / f"{index:02d}"
+            directory.mkdir()
+            measure(row, directory, seed, deadline, on_sample)
+            progress.stop_task(task)
+            progress.update(task, last="failed" if row.error else "done")
+
+
+@click.command(epilog=EXAMPLES)
+@click.option(
+    "--systems",
+    "chosen",
+    default=",".join(SYSTEMS),
+    show_default=True,
+    callback=parse_systems,
+    help="Systems to run, by commas.",
+)
+@click.option(
+    "--exceptions",
+    type=click.IntRange(1),
+    show_default=str(FULL["exceptions"]),
+    help="Exceptions under Seamark.",
+)
+@click.option(
+    "--kills",
+    type=click.IntRange(1),
+    show_default=str(FULL["kills"]),
+    help="Kills under Seamark.",
+)
+@click.option(
+    "--peer-faults",
+    type=click.IntRange(1),
+    show_default=str(FULL["peer_faults"]),
+    help="Faults in each row of a peer.",
+)
+@click.option("--quick", is_flag=True, help="Few faults: 5 exceptions, 3 kills, 1 in each row of a peer.")
+@click.option("--seed", default=0, show_default=True, help="Decides on victims and pauses between faults.")
+@click.option(
+    "--deadline",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds after which a fault counts as missed.",
+)
+@click.option(
+    "--peer-env",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=peers.default_directory,
+    show_default="in the user's cache directory",
+    help="Virtual environment of nvidia-resiliency-ext, made when missing.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a result file.",
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep logs and reports below here.",
+)
+def main(
+    chosen: tuple[str, ...],
+    exceptions: int | None,
+    kills: int | None,
+    peer_faults: int | None,
+    quick: bool,
+    seed: int,
+    deadline: float,
+    peer_env: Path,
+    json_path: Path | None,
+    work_dir: Path | None,
+) -> None:
+    """Time from a fault to the first collective of the last rank, of Seamark and its peers.
+
+    Each system runs the same loop on 4 ranks over Gloo; one rank is made to raise, or is killed, again and
+    again. Nothing is left running, after Ctrl-C neither.
+    """
+    counts = QUICK if quick else FULL
+    exceptions, kills = exceptions or counts["exceptions"], kills or counts["kills"]
+    peer_faults = peer_faults or counts["peer_faults"]
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
+    become_subreaper()
+    result = results.opening("restart", seed)
+    rows: list[Row] = []
+    complete = False
+    try:
+        with console.status("preparing the environments"):
+            rows += seamark_rows(exceptions, kills) if "seamark" in chosen else []
+            rows += torchrun_rows(peer_faults) if "torchrun" in chosen else []
+            rows += nvrx_rows(peer_faults, peer_env) if "nvrx" in chosen else []
+        rows.sort(key=lambda row: (row.scenario.fault, row.scenario.world_after))
+        with work_directory(work_dir) as work:
+            try:
+                run_rows(rows, work, seed, deadline, console)
+            finally:
+                end_descendants()
+        complete = True
+    except KeyboardInterrupt:
+        end_descendants()
+        console.print("Interrupted: the table holds what was measured until then.")
+    console.print(table_of(rows, deadline))
+    if work_dir is None and any(row.error for row in rows):
+        console.print("Run again with --work-dir DIR to keep the logs.")
+    if json_path is not None:
+        method = {"settle_seconds": SETTLE, "deadline_seconds": deadline, "ranks": systems.RANKS}
+        records = {"rows": [record_of(row) for row in rows]}
+        results.write(json_path, result | results.closing(complete) | method | records)
+        console.print(f"Result file: {json_path}")
+    sys.exit(0 if complete else 130)
+
+
+if __name__ == "__main__":
+    main()

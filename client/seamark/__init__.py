@@ -1,0 +1,39 @@
+"""Seamark inside the training process: a fault costs milliseconds and loses no work.
+
+Importing this package imports neither torch nor ZeroMQ; what needs them is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seamark import checkpoints as checkpoints
+    from seamark.inprocess.exceptions import RestartAbort as RestartAbort
+    from seamark.inprocess.exceptions import RestartError as RestartError
+    from seamark.inprocess.state import State as State
+    from seamark.inprocess.wrapper import CallWrapper as CallWrapper
+    from seamark.inprocess.wrapper import Wrapper as Wrapper
+
+__all__ = ["CallWrapper", "RestartAbort", "RestartError", "State", "Wrapper", "checkpoints"]
+
+_HOMES = {
+    "CallWrapper": "seamark.inprocess.wrapper",
+    "RestartAbort": "seamark.inprocess.exceptions",
+    "RestartError": "seamark.inprocess.exceptions",
+    "State": "seamark.inprocess.state",
+    "Wrapper": "seamark.inprocess.wrapper",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "checkpoints":
+        return importlib.import_module("seamark.checkpoints")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'seamark' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

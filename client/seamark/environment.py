@@ -1,0 +1,55 @@
+"""What an agent tells a worker in its environment: names of variables, and their reading."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from seamark.inprocess.exceptions import MissingEnvironmentError
+
+ADDRESS = "SEAMARK_ADDRESS"
+JOB = "SEAMARK_JOB"
+MEMBER = "SEAMARK_MEMBER"
+INCARNATION = "SEAMARK_INCARNATION"
+GENERATION = "SEAMARK_GENERATION"
+NODE = "SEAMARK_NODE"
+CHECKPOINT_DIR = "SEAMARK_CHECKPOINT_DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnvironment:
+    """Who this worker is, and where its agent listens."""
+
+    address: str
+    job: str
+    member: str
+    incarnation: str
+    generation: int
+    node: str
+    world_size: int
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ) -> WorkerEnvironment:
+        """Reads it.
+
+        Raises:
+            MissingEnvironmentError: a variable is missing or no number; the sentence says how to start the script.
+        """
+        try:
+            return cls(
+                address=environ[ADDRESS],
+                job=environ[JOB],
+                member=environ[MEMBER],
+                incarnation=environ[INCARNATION],
+                generation=int(environ[GENERATION]),
+                node=environ.get(NODE, ""),
+                world_size=int(environ["WORLD_SIZE"]),
+            )
+        except KeyError as error:
+            raise MissingEnvironmentError(
+                f"{error.args[0]} is not set: start this script with `seamark run --standalone SCRIPT`, "
+                "or use Wrapper(enabled=False) to run it as it is"
+            ) from None
+        except ValueError as error:
+            raise MissingEnvironmentError(f"{GENERATION} and WORLD_SIZE must be whole numbers: {error}") from None

@@ -1,0 +1,1 @@
+"""Restart in process: the wrapper around a training function, and its parts."""

@@ -1,0 +1,223 @@
+"""Frees a thread that is blocked in torch.distributed because a peer is dead or silent, and cleans up after it.
+
+Gloo has no abort that wakes a collective, but a connection that ends does: so the connections of the groups, and the
+one to the store in which their ranks meet, are shut down from another thread. This module refuses to know who decides
+that an iteration is over, and how the main thread is told.
+"""
+
+from __future__ import annotations
+
+import inspect
+import socket
+import struct
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from seamark.inprocess.groups import Creation, GlooLoop, GroupWatch, Socket, open_sockets
+
+_NCCL_ABORT_TIMEOUT = 1.0
+_FIRST_LOOK_AGAIN = 0.001
+_LAST_LOOK_AGAIN = 0.02
+_CALL_TIMEOUT = 1.0
+
+
+class IterationAborted(RuntimeError):
+    """A process group or store client was asked for between ``cut()`` and ``release()``."""
+
+
+class ProcessGroups:
+    """The process groups and store clients of one wrapper: what belongs to them, how to cut it, how to forget it.
+
+    ``cut()`` is called from any thread but the one that is to be freed; everything else may be called from any.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._aborted = False
+        self._under_way: list[Creation] = []
+        self._loops: list[GlooLoop] = []
+        self._store_sockets: list[Socket] = []
+        self._called: set[Socket] = set()
+        self._ready_at: float | None = None
+        self._watch = GroupWatch(begins=self._begins, ends=self._ends)
+
+    @property
+    def creating_since(self) -> float | None:
+        """Monotonic time at which the oldest creation of a group that has not returned began; None without one."""
+        with self._changed:
+            return min((creation.since for creation in self._under_way), default=None)
+
+    @property
+    def ready_at(self) -> float | None:
+        """Monotonic time at which the last creation of a group returned well; None before the first one."""
+        return self._ready_at
+
+    def install(self) -> None:
+        """See every group from now on; those created before are never cut. Raises RuntimeError when installed."""
+        self._watch.install()
+
+    def uninstall(self) -> None:
+        """Stop seeing groups."""
+        self._watch.uninstall()
+
+    def adopt(self, client: Any, connection: Socket) -> Any:
+        """The ``TCPStore`` client itself, made by ``connect``, whose connection ``cut()`` will cut from now on.
+
+        Raises IterationAborted after ``cut()``.
+        """
+        with self._changed:
+            self._refuse_when_aborted()
+            self._store_sockets.append(connection)
+        return client
+
+    def cut(self, patience: float = 0.5) -> int:
+        """Free every thread that is blocked in the groups or in the store, and let nothing new begin before ``release()``.
+
+        A thread inside the creation of a group opens further connections as long as it goes on, so with a creation
+        under way this looks again until it has returned, for ``patience`` seconds at most (then ``creating_since``
+        still tells, and it may be called again). Returns the number of connections cut.
+        """
+        with self._changed:
+            self._aborted = True
+        _abort_nccl()
+        deadline = time.monotonic() + patience
+        pause = _FIRST_LOOK_AGAIN
+        count = self._cut_known()
+        while True:
+            with self._changed:
+                creations = list(self._under_way)
+            for creation in creations:
+                creation.look()
+                count += self._cut_creation(creation)
+            remaining = deadline - time.monotonic()
+            if not creations or remaining <= 0:
+                return count
+            with self._changed:
+                self._changed.wait(min(pause, remaining))
+            pause = min(2 * pause, _LAST_LOOK_AGAIN)
+
+    def release(self) -> None:
+        """Destroy what is left of the groups and forget their sockets; a new iteration may begin.
+
+        To be called by the main thread, after it was freed. What still refers to a group (a model wrapped in
+        DistributedDataParallel, a traceback) keeps its thread and sockets until it is gone.
+        """
+        c10d: Any = sys.modules.get("torch.distributed.distributed_c10d")
+        if c10d is not None:
+            if c10d.is_initialized():
+                c10d.destroy_process_group()
+            # An initialisation that failed half-way has counted its group; names made from the count must agree
+            # between ranks that failed at different places.
+            c10d._world.group_count = 0
+            _unwrap_excepthook(c10d)
+        with self._changed:
+            self._loops.clear()
+            self._store_sockets.clear()
+            self._called.clear()
+            self._aborted = False
+
+    def _refuse_when_aborted(self) -> None:
+        if self._aborted:
+            raise IterationAborted("this iteration was aborted: no new process group or store client before the restart")
+
+    def _begins(self, creation: Creation) -> None:
+        with self._changed:
+            self._refuse_when_aborted()
+            self._under_way.append(creation)
+
+    def _ends(self, creation: Creation) -> None:
+        with self._changed:
+            self._under_way.remove(creation)
+            self._loops += creation.loops
+            if creation.loops:
+                self._ready_at = time.monotonic()
+            aborted = self._aborted
+            self._changed.notify_all()
+        if aborted:
+            self._cut_creation(creation)
+
+    def _cut_known(self) -> int:
+        with self._changed:
+            loops, stores = list(self._loops), list(self._store_sockets)
+        return sum(_shut_down(s) for loop in loops for s in loop.connections()) + sum(map(_shut_down, stores))
+
+    def _cut_creation(self, creation: Creation) -> int:
+        count = sum(_shut_down(s) for loop in creation.loops for s in loop.connections())
+        for loop in creation.loops:
+            if loop.listener not in self._called:
+                self._called.add(loop.listener)
+                _call_as_every_peer(loop.listener, creation.size)
+        return count
+
+
+def connect(host: str, port: int, timeout: float) -> tuple[Any, Socket]:
+    """A ``TCPStore`` client of its own, connected within ``timeout`` seconds, and its connection.
+
+    Raises torch's DistNetworkError when nobody answers.
+    """
+    # The store tells its socket only by repr(), which looks its address up by name: 5 s with a slow resolver.
+    from torch.distributed import TCPStore
+
+    while True:
+        before = {s.inode for s in open_sockets()}
+        client = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+        new = [s for s in open_sockets() if s.inode not in before and (s.peer() or ("", 0))[1] == port]
+        if len(new) == 1:
+            return client, new[0]
+
+
+def _shut_down(connection: Socket) -> bool:
+    # Never close(): the descriptor is its owner's. A socket that is gone or not connected needs no cutting.
+    try:
+        with connection.borrowed() as borrowed:
+            borrowed.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return False
+    return True
+
+
+def _call_as_every_peer(listener: Socket, size: int) -> None:
+    """Connect to a Gloo listener in the place of each of ``size`` ranks, and hang up.
+
+    During creation a rank waits, for five times the group's timeout, until the peer that has to connect has done so
+    (gloo/transport/tcp/pair.h, ``waitUntil``), and nothing else wakes it. A caller says which peer it is by the
+    number of the pair, eight bytes in native order (gloo/transport/tcp/listener.cc).
+    """
+    try:
+        with listener.borrowed() as borrowed:
+            family, address = borrowed.family, borrowed.getsockname()
+        for pair in range(size):
+            with socket.socket(family, socket.SOCK_STREAM) as call:
+                call.settimeout(_CALL_TIMEOUT)
+                call.connect(address)
+                call.sendall(struct.pack("=q", pair))
+    except OSError:
+        return
+
+
+def _abort_nccl() -> None:
+    """Abort the NCCL groups, each in a thread: the abort of one may wait for that of another (pytorch#119797)."""
+    c10d: Any = sys.modules.get("torch.distributed.distributed_c10d")
+    if c10d is None:
+        return
+    nccl_groups = [group for group, backends in list(c10d._world.pg_backend_config.items()) if "nccl" in str(backends)]
+    if not nccl_groups:
+        return
+    from torch import device
+
+    backends = [group._get_backend(device("cuda")) for group in nccl_groups]
+    threads = [threading.Thread(target=backend.abort, name="seamark-nccl-abort", daemon=True) for backend in backends]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + _NCCL_ABORT_TIMEOUT
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _unwrap_excepthook(c10d: Any) -> None:
+    # Every init_process_group wraps sys.excepthook once more and nothing takes it back.
+    while getattr(sys.excepthook, "__module__", None) == c10d.__name__:
+        sys.excepthook = inspect.getclosurevars(sys.excepthook).nonlocals["old_hook"]

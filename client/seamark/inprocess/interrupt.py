@@ -1,0 +1,130 @@
+"""Interrupting the main thread exactly inside the wrapped function (D7).
+
+An asynchronous exception does not wake a thread that is blocked; a signal does. The monitor thread sends one to the
+main thread, again and again until the wrapper has left the function; the handler, which Python runs in the main
+thread, raises only while the function runs. Who decides that an iteration is over is not known here.
+
+There is no lock, on purpose: the handler runs in the main thread, between two of its bytecodes, so whatever the main
+thread alone writes (``_armed``, ``_atomic``) can't change under it, and a lock that the main thread holds would be one
+that the handler waits for in vain. The one value written by the monitor, ``_aborted``, only rises. CPython looks for
+signals when a call returns, when a function starts and when a loop turns, and never between the end of a ``try`` body
+and a plain store at the head of its ``finally``: so ``_armed = None`` there closes the window for good.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+from seamark.inprocess.exceptions import RestartError, RestartInterrupt
+
+DEFAULT_SIGNAL = signal.SIGRTMIN + 7
+REPEAT_INTERVAL = 0.1
+"""Seconds between two signals: one can be spent where an exception is swallowed, as in a destructor."""
+
+T = TypeVar("T")
+
+
+class Interrupter:
+    """Runs a function in the main thread so that another thread can make it stop.
+
+    Args:
+        signum: the signal to use; it must not have a handler yet.
+
+    Raises:
+        RestartError: this is not the main thread, or the signal is taken.
+    """
+
+    def __init__(self, signum: int = DEFAULT_SIGNAL) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RestartError(
+                "seamark.Wrapper must be called from the main thread: only it can be interrupted by a signal"
+            )
+        if signal.getsignal(signum) is not signal.SIG_DFL:
+            raise RestartError(
+                f"signal {signum} has a handler already: choose another with Wrapper(interrupt_signal=...)"
+            )
+        self._signum = signum
+        self._main = threading.get_ident()
+        self._armed: int | None = None
+        self._atomic = 0
+        self._aborted = -1
+        self._left = threading.Condition()
+        self._outside = True
+        signal.signal(signum, self._handle)
+
+    def close(self) -> None:
+        """Gives the signal back."""
+        signal.signal(self._signum, signal.SIG_DFL)
+
+    def aborted(self, iteration: int) -> bool:
+        """True if this iteration has been given up."""
+        return self._aborted >= iteration
+
+    def run(self, iteration: int, function: Callable[[], T]) -> T:
+        """Runs the function; the only place where ``RestartInterrupt`` can be raised.
+
+        Raises:
+            RestartInterrupt: the iteration was given up before or while the function ran, also if the function
+                returned or raised something else meanwhile.
+        """
+        self._outside = False
+        try:
+            try:
+                self._armed = iteration
+                if self._aborted >= iteration:
+                    raise RestartInterrupt
+                result = function()
+            finally:
+                self._armed = None
+        finally:
+            with self._left:
+                self._outside = True
+                self._left.notify_all()
+        if self._aborted >= iteration:
+            raise RestartInterrupt
+        return result
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """Within this block of the function no interrupt is raised; a pending one is at its end."""
+        self._atomic += 1
+        try:
+            yield
+        finally:
+            self._atomic -= 1
+        if self._atomic == 0 and self._armed is not None and self._aborted >= self._armed:
+            raise RestartInterrupt
+
+    def abort(self, iteration: int) -> None:
+        """From another thread: this iteration and those before it are given up. Does not interrupt yet."""
+        self._aborted = max(self._aborted, iteration)
+
+    def interrupt(self, timeout: float) -> bool:
+        """From another thread: signals the main thread until it is outside the function.
+
+        Args:
+            timeout: seconds after which to come back in any case.
+
+        Returns:
+            True if the main thread is outside the function.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._outside:
+            signal.pthread_kill(self._main, self._signum)
+            with self._left:
+                remaining = min(REPEAT_INTERVAL, deadline - time.monotonic())
+                if remaining <= 0:
+                    return self._outside
+                self._left.wait_for(lambda: self._outside, remaining)
+        return True
+
+    def _handle(self, signum: int, frame: FrameType | None) -> Any:
+        armed = self._armed
+        if armed is not None and self._atomic == 0 and self._aborted >= armed:
+            raise RestartInterrupt

@@ -1,0 +1,258 @@
+"""A worker's conversation with its agent, on a thread of its own.
+
+The monitor thread owns the socket. The main thread hands it messages and waits for answers; failure events go to
+a callback on the monitor thread, because the main thread may be blocked in a collective when they come. Requests
+are repeated until they are answered, so an agent or a lighthouse that is restarted costs a moment and no request.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import zmq
+
+from seamark.environment import WorkerEnvironment
+from seamark.inprocess.exceptions import StaleMemberError
+from seamark.protocol.codec import ProtocolError, decode, encode
+from seamark.protocol.messages import (
+    RANKS,
+    AbortJob,
+    Cause,
+    Complete,
+    Completed,
+    FailureEvent,
+    Join,
+    MemberFaulted,
+    Message,
+    QuorumAnswer,
+    QuorumReset,
+    Refused,
+    Snapshot,
+    Stamps,
+    Timeline,
+    WorkerHello,
+)
+from seamark.protocol.sockets import check_address, make_socket
+
+log = logging.getLogger(__name__)
+
+REPEAT_INTERVAL = 1.0
+"""Seconds after which an unanswered request is sent again."""
+POLL_MS = 250
+FLUSH_TIMEOUT = 2.0
+
+Answer = QuorumAnswer | QuorumReset | Completed | Refused
+
+
+class Session:
+    """The connection of one worker.
+
+    Args:
+        environment: who this worker is.
+        on_failure: called on the monitor thread with the iteration that a published failure ends, again and again
+            until it returns True: the main thread has left the function.
+    """
+
+    def __init__(self, environment: WorkerEnvironment, on_failure: Callable[[int], bool]) -> None:
+        self._who = environment
+        self._on_failure = on_failure
+        self._outgoing: deque[Message] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self._pending: Join | Complete | None = None
+        self._request = 0
+        self._closing = False
+        self._ended_iteration: int | None = None
+        self._address = check_address(environment.address)
+        self._thread = threading.Thread(target=self._serve, name="seamark-monitor", daemon=True)
+        self._thread.start()
+
+    # --- main thread ---------------------------------------------------------------------------------------
+
+    def join(self, last: QuorumAnswer | None, *, after_fault: bool) -> QuorumAnswer | None:
+        """Waits for the next quorum, however often the wait is reset.
+
+        Args:
+            last: the last quorum that this process was in.
+            after_fault: the members' state is suspect, so that the quorum gets a new id even with equal members.
+
+        Returns:
+            The quorum, or None if the job has completed meanwhile.
+
+        Raises:
+            StaleMemberError: this process has been replaced.
+        """
+        while True:
+            self._request += 1
+            answer = self._ask(
+                Join(
+                    job=self._who.job,
+                    group=RANKS,
+                    generation=self._who.generation,
+                    member=self._who.member,
+                    incarnation=self._who.incarnation,
+                    request=self._request,
+                    iteration=last.iteration if last else -1,
+                    restarts=last.restarts if last else 0,
+                    quorum_id=last.quorum_id if last else 0,
+                    quorum_members=[member.member for member in last.members] if last else [],
+                    commit_failures=1 if after_fault else 0,
+                )
+            )
+            if isinstance(answer, QuorumAnswer):
+                return answer
+            if isinstance(answer, Completed):
+                return None
+
+    def complete(self, iteration: int) -> bool:
+        """Says that the function returned and waits for the others; False if the iteration was given up instead.
+
+        Raises:
+            StaleMemberError: this process has been replaced.
+        """
+        self._request += 1
+        answer = self._ask(
+            Complete(
+                job=self._who.job,
+                group=RANKS,
+                generation=self._who.generation,
+                member=self._who.member,
+                incarnation=self._who.incarnation,
+                request=self._request,
+                iteration=iteration,
+            )
+        )
+        return isinstance(answer, Completed)
+
+    def faulted(self, iteration: int, cause: Cause, at: float) -> None:
+        """Reports that the function raised."""
+        self._post(MemberFaulted(self._who.job, self._who.member, self._who.incarnation, iteration, cause, at))
+
+    def timeline(self, ended_iteration: int, iteration: int, stamps: Stamps) -> None:
+        """Reports what this worker saw of an incident."""
+        who = self._who
+        self._post(Timeline(who.job, who.member, who.incarnation, ended_iteration, iteration, stamps))
+
+    def abort_job(self, reason: str) -> None:
+        """Asks that the whole job end."""
+        self._post(AbortJob(self._who.job, self._who.member, self._who.incarnation, reason or "RestartAbort"))
+
+    def close(self) -> None:
+        """Sends what is left and ends the thread; its socket and descriptors are closed when this returns."""
+        self._closing = True
+        self._notify()
+        self._thread.join()
+        os.close(self._wake)
+
+    def _ask(self, request: Join | Complete) -> Answer:
+        self._pending = request
+        self._post(request)
+        answer = self._answers.get()
+        if isinstance(answer, Refused):
+            raise StaleMemberError(answer.reason)
+        return answer
+
+    def _post(self, message: Message) -> None:
+        self._outgoing.append(message)
+        self._notify()
+
+    def _notify(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    # --- monitor thread ------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = make_socket(context, zmq.DEALER, identity=self._who.incarnation.encode())
+        try:
+            socket.connect(self._address)
+            self._send(socket, self._hello())
+            poller = zmq.Poller()
+            poller.register(socket, zmq.POLLIN)
+            poller.register(self._wake, zmq.POLLIN)
+            repeat_at = time.monotonic() + REPEAT_INTERVAL
+            while not (self._closing and not self._outgoing):
+                poller.poll(POLL_MS if self._ended_iteration is None else 0)
+                self._drain_wake()
+                while self._outgoing:
+                    self._send(socket, self._outgoing.popleft())
+                    repeat_at = time.monotonic() + REPEAT_INTERVAL
+                self._receive(socket)
+                if self._ended_iteration is not None and self._on_failure(self._ended_iteration):
+                    self._ended_iteration = None
+                if time.monotonic() >= repeat_at:
+                    repeat_at = time.monotonic() + REPEAT_INTERVAL
+                    pending = self._pending
+                    if pending is not None:
+                        self._send(socket, self._hello())
+                        self._send(socket, pending)
+        finally:
+            socket.setsockopt(zmq.LINGER, int(FLUSH_TIMEOUT * 1_000))
+            socket.close()
+            context.term()
+
+    def _hello(self) -> WorkerHello:
+        who = self._who
+        return WorkerHello(who.job, who.member, who.incarnation, os.getpid(), True)
+
+    def _drain_wake(self) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            return
+
+    def _send(self, socket: zmq.Socket[bytes], message: Message) -> None:
+        try:
+            socket.send_multipart(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning(
+                "the agent does not read: %s was dropped and will be repeated if it is a request",
+                type(message).__name__,
+            )
+
+    def _receive(self, socket: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = decode(frames)
+            except ProtocolError as error:
+                log.warning("dropped a frame of the agent: %s", error)
+                continue
+            self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case FailureEvent():
+                self._end(message.failure.iteration)
+            case Snapshot():
+                for event in message.failures:
+                    self._end(event.failure.iteration)
+            case QuorumAnswer() | QuorumReset() | Completed():
+                mine = self._who.member
+                if any(one.member == mine and self._is_pending(one.request) for one in message.recipients):
+                    self._answer(message)
+            case Refused():
+                if message.code in ("STALE_GENERATION", "UNKNOWN_MEMBER") and self._pending is not None:
+                    self._answer(message)
+            case _:
+                pass
+
+    def _end(self, iteration: int) -> None:
+        self._ended_iteration = max(iteration, -1 if self._ended_iteration is None else self._ended_iteration)
+
+    def _is_pending(self, request: int) -> bool:
+        pending = self._pending
+        return pending is not None and pending.request == request
+
+    def _answer(self, answer: Answer) -> None:
+        self._pending = None
+        self._answers.put(answer)

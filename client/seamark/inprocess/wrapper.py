@@ -1,0 +1,289 @@
+"""The restart wrapper: a training function that is entered again after every fault of any rank.
+
+It puts the parts together: the quorum says who takes part (``session``), a fault ends the function wherever it is
+(``interrupt``, ``abort``), what it left behind is cleaned up (``cleanup``), and the function runs again under the
+next iteration's store prefix. No rule of membership is here, and no iteration is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+import logging
+import os
+import threading
+import time
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+from seamark.environment import WorkerEnvironment
+from seamark.inprocess.abort import ProcessGroups
+from seamark.inprocess.cleanup import describe, let_go
+from seamark.inprocess.exceptions import RestartAbort, RestartInterrupt
+from seamark.inprocess.interrupt import DEFAULT_SIGNAL, REPEAT_INTERVAL, Interrupter
+from seamark.inprocess.rendezvous import EnvRendezvous
+from seamark.inprocess.session import Session
+from seamark.inprocess.spare import SpareStore
+from seamark.inprocess.state import State, assign, export
+from seamark.progress import Canaries, ProgressPage
+from seamark.protocol.messages import QuorumAnswer, Stamps
+from seamark.store import counters
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+STORE_TIMEOUT = 10.0
+"""Seconds to connect to the job's TCPStore."""
+
+
+class CallWrapper:
+    """What the wrapped function receives: its iteration, its place, its store.
+
+    Attributes:
+        iteration: the restart iteration; it rises at every restart and is never used twice in a job.
+        state: rank, world size and the like in this iteration.
+        store: a ``torch.distributed.Store`` that is this iteration's alone: pass it to ``init_process_group``, or
+            call that plainly, which finds the same store.
+    """
+
+    iteration: int
+    state: State
+    store: Any
+    ping: Callable[[], None]
+    """Call it once per step: it counts progress (a memory write, under a microsecond)."""
+
+    def __init__(self, interrupter: Interrupter) -> None:
+        self._interrupter = interrupter
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """Within this block a restart does not interrupt the function; a pending one happens at its end."""
+        with self._interrupter.atomic():
+            yield
+
+
+class Wrapper:
+    """Decorates a training function so that it is restarted in process after every fault.
+
+    The function is called again, from its beginning, when any rank of the job raised or died; it returns once all
+    ranks have returned. A parameter annotated ``CallWrapper`` receives the call's handle.
+
+    Args:
+        enabled: False returns the function untouched.
+        interrupt_signal: the signal that interrupts the main thread; it must have no handler yet.
+
+    Example:
+        >>> @seamark.Wrapper()
+        ... def train(call: seamark.CallWrapper) -> None:
+        ...     torch.distributed.init_process_group("gloo")
+    """
+
+    def __init__(self, *, enabled: bool = True, interrupt_signal: int = DEFAULT_SIGNAL) -> None:
+        self.enabled = enabled
+        self.interrupt_signal = interrupt_signal
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        """The wrapped function.
+
+        Raises (when the wrapped function is called):
+            RestartError: not under Seamark, not in the main thread, or this process was replaced.
+            RestartAbort: the function asked for the end of the job.
+        """
+        if not self.enabled:
+            return function
+        parameter = _call_parameter(function)
+
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+            with _Restarter(WorkerEnvironment.read(), self.interrupt_signal) as restarter:
+                if parameter is not None:
+                    kwargs[parameter] = restarter.call
+                return restarter.run(lambda: function(*args, **kwargs))
+
+        return wrapped
+
+
+class _Restarter:
+    """One call of a wrapped function, through all its iterations."""
+
+    def __init__(self, environment: WorkerEnvironment, interrupt_signal: int) -> None:
+        self._who = environment
+        self._interrupter = Interrupter(interrupt_signal)
+        self._groups = ProcessGroups()
+        self._rendezvous = EnvRendezvous()
+        self._spare = SpareStore(STORE_TIMEOUT)
+        self._page = worker_page(environment.incarnation)
+        self._inside = -1
+        self._cutting = threading.Lock()
+        self._stamps: dict[str, float] = {}
+        self._reported = True
+        self._ended_iteration = -1
+        self._last: QuorumAnswer | None = None
+        self.call = CallWrapper(self._interrupter)
+        self._groups.install()
+        self._rendezvous.install()
+        self._page.wrapped = True
+        self._session = Session(environment, self._give_up)
+
+    def __enter__(self) -> _Restarter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._session.close()
+        self._spare.close()
+        self._rendezvous.uninstall()
+        self._groups.uninstall()
+        self._interrupter.close()
+
+    # --- main thread ---------------------------------------------------------------------------------------
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Enters the function until an iteration completes on all ranks."""
+        result: Any = None
+        after_fault = False
+        while True:
+            self._stamps["joined"] = time.monotonic()
+            quorum = self._session.join(self._last, after_fault=after_fault)
+            if quorum is None:
+                return typing.cast(T, result)
+            self._last = quorum
+            self._stamps["answered"] = time.monotonic()
+            try:
+                self._enter(quorum)
+                result = self._interrupter.run(quorum.iteration, function)
+                self._report_timeline()
+                if self._session.complete(quorum.iteration):
+                    self._leave()
+                    return typing.cast(T, result)
+            except RestartInterrupt as interrupt:
+                self._after_fault(quorum.iteration, interrupt)
+            except RestartAbort as abort:
+                self._session.abort_job(abort.reason)
+                raise
+            except Exception as error:
+                if not self._interrupter.aborted(quorum.iteration):
+                    at = time.monotonic()
+                    self._session.faulted(quorum.iteration, describe(error), at)
+                self._after_fault(quorum.iteration, error)
+            else:
+                self._after_fault(quorum.iteration, None)
+            after_fault = True
+
+    def _enter(self, quorum: QuorumAnswer) -> None:
+        from torch.distributed import PrefixStore
+
+        self._inside = quorum.iteration
+        if self._interrupter.aborted(quorum.iteration):
+            raise RestartInterrupt
+        state = assign(
+            quorum.members,
+            self._who.member,
+            iteration=quorum.iteration,
+            restarts=quorum.restarts,
+            initial_world_size=self._who.world_size,
+        )
+        client = self._groups.adopt(*self._spare.take(quorum.store))
+        if state.rank == 0:
+            counters.announce(client, iteration=quorum.iteration, restarts=quorum.restarts, ranks=state.world_size)
+        store = PrefixStore(counters.process_group_prefix(quorum.iteration), client)
+        export(state)
+        self._rendezvous.offer(store, state)
+        self._page.iteration = quorum.iteration
+        self.call.iteration = quorum.iteration
+        self.call.state = state
+        self.call.store = store
+        self.call.ping = self._first_ping
+
+    def _first_ping(self) -> None:
+        """The first ping of an iteration ends the incident's timeline; the others are a memory write."""
+        self._stamps["first_step"] = time.monotonic()
+        self.call.ping = self._page.ping
+        self._page.ping()
+        self._report_timeline()
+        if self._last is not None:
+            self._spare.prepare(self._last.store)
+
+    def _after_fault(self, iteration: int, error: BaseException | None) -> None:
+        self._report_timeline()
+        self._ended_iteration = iteration
+        if error is not None:
+            let_go(error)
+        self._leave()
+        self._stamps["left"] = time.monotonic()
+        self._reported = False
+
+    def _leave(self) -> None:
+        """Cuts and destroys what the iteration left behind."""
+        self._rendezvous.offer(None, None)
+        self.call.store = None
+        with self._cutting:
+            self._groups.cut()
+            self._groups.release()
+            self._inside = -1
+        gc.collect()
+
+    # --- timeline ------------------------------------------------------------------------------------------
+
+    def _report_timeline(self) -> None:
+        """Once per iteration, as soon as its first step is done or it ends without one."""
+        if self._reported or self._last is None:
+            return
+        self._reported = True
+        stamps, self._stamps = self._stamps, {}
+        ready = self._groups.ready_at
+        if ready is not None and ready >= stamps["answered"]:
+            stamps["group_ready"] = ready
+        self._session.timeline(self._ended_iteration, self._last.iteration, Stamps(**stamps))
+
+    # --- monitor thread ------------------------------------------------------------------------------------
+
+    def _give_up(self, iteration: int) -> bool:
+        """A failure ends this iteration: frees the main thread wherever it is. True once it is outside."""
+        quorum = self._last
+        first = not self._interrupter.aborted(iteration)
+        self._interrupter.abort(iteration)
+        if quorum is None or quorum.iteration > iteration:
+            return True
+        if first:
+            self._stamps["told"] = time.monotonic()
+        with self._cutting:
+            # Once the main thread has left this iteration, what there is to cut belongs to the next one.
+            if 0 <= self._inside <= iteration:
+                self._groups.cut()
+        if first:
+            self._stamps["aborted"] = time.monotonic()
+        return self._interrupter.interrupt(REPEAT_INTERVAL)
+
+
+def worker_page(incarnation: str) -> ProgressPage:
+    """This process's progress page with its canaries: one, however many wrapped functions it calls."""
+    return _worker_page(incarnation, os.getpid())
+
+
+@functools.cache
+def _worker_page(incarnation: str, pid: int) -> ProgressPage:
+    page = ProgressPage.from_env(incarnation)
+    _canaries.append(Canaries(page))
+    return page
+
+
+_canaries: list[Canaries] = []
+
+
+def _call_parameter(function: Callable[..., Any]) -> str | None:
+    """The name of the parameter annotated ``CallWrapper`` (or ``CallWrapper | None``)."""
+    try:
+        hints: dict[str, Any] = typing.get_type_hints(function)
+    except NameError:
+        # An annotation that only a type checker can resolve: go by the names as written.
+        hints = inspect.get_annotations(function)
+    for name in inspect.signature(function).parameters:
+        hint = hints.get(name)
+        if hint is CallWrapper or CallWrapper in typing.get_args(hint) or "CallWrapper" in str(hint).split("."):
+            return name
+    return None

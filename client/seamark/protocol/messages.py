@@ -1,0 +1,728 @@
+"""Every message of the suite: its fields, who sends it to whom, and what answers it.
+
+A message is a frozen, typed struct that knows nothing of sockets, clocks or bytes. Times are
+``time.monotonic()`` seconds of the host of the process that saw the event, and mean nothing on another host;
+-1.0 stands for "not observed". Durations are seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta, Struct
+
+VERSION = 1
+"""Version of the protocol; peers of different versions refuse each other, naming both."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Short = Annotated[str, Meta(max_length=200)]
+Text = Annotated[str, Meta(max_length=16_384)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Iteration = Annotated[int, Meta(ge=-1, le=2**53)]
+"""A restart iteration; -1 before the first."""
+QuorumId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+Duration = Annotated[float, Meta(ge=0.0, le=1e9)]
+Moment = Annotated[float, Meta(ge=-1.0, le=1e12)]
+Policy = Literal["replace", "any-failed", "min-healthy"]
+
+RANKS = "ranks"
+"""The group whose members are the workers of a job."""
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages. ``direction`` and ``answer`` are documentation that tests hold to be complete."""
+
+    type_id: ClassVar[int]
+    direction: ClassVar[str]
+    answer: ClassVar[str] = ""
+
+
+# --- parts of messages -------------------------------------------------------------------------------------
+
+
+class Part(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the structs that only occur inside messages."""
+
+
+class StoreAddress(Part, frozen=True):
+    """Where the TCPStore service of a job listens; ``incarnation`` changes when it is started anew."""
+
+    host: Short = ""
+    port: Port = 0
+    incarnation: Short = ""
+
+
+class Slot(Part, frozen=True):
+    """A place in the roster: which rank runs on which node."""
+
+    member: Name
+    rank: Count
+    local_rank: Count
+    node: Name
+    group_rank: Count
+
+
+class JobSpec(Part, frozen=True):
+    """What a person asked for: ``seamark run``'s arguments.
+
+    ``argv`` is the script (or module) and its arguments; ``env`` the whole environment of the workers.
+    """
+
+    name: Name
+    argv: Annotated[list[str], Meta(min_length=1, max_length=10_000)]
+    module: bool
+    python: Name
+    cwd: Name
+    env: dict[str, str]
+    min_nodes: Annotated[int, Meta(ge=1, le=100_000)]
+    max_nodes: Annotated[int, Meta(ge=1, le=100_000)]
+    nproc_per_node: Annotated[int, Meta(ge=1, le=1_000)]
+    policy: Policy
+    max_restarts: Annotated[int, Meta(ge=0, le=1_000_000)]
+    checkpoint_dir: str
+    log_dir: Name
+    master_port: Port = 0
+    join_timeout: Duration = 30.0
+    start_timeout: Duration = 120.0
+
+
+class Member(Part, frozen=True):
+    """A participant of an answered quorum, in rank order."""
+
+    member: Name
+    incarnation: Name
+    initial_rank: Count
+    node: Name
+    local_rank: Count
+    keys: dict[str, str] = {}
+
+
+class Recipient(Part, frozen=True):
+    """Whom an answer that travels once per node is for."""
+
+    member: Name
+    incarnation: Name
+    request: Count
+
+
+class Cause(Part, frozen=True):
+    """Why a member was lost or faulted.
+
+    ``kind``: exit (status is the code), signal (status is the signal's number), exception, store (the TCPStore
+    service was lost), node (its host was lost). ``communication`` marks an exception that only says that a peer
+    went away: evidence of another's failure, seldom a cause.
+    """
+
+    kind: Literal["exit", "signal", "exception", "store", "node"]
+    status: int = 0
+    text: Text = ""
+    communication: bool = False
+
+
+class Stamps(Part, frozen=True):
+    """What one worker saw of one incident, in its own host's monotonic seconds; -1.0: not observed."""
+
+    told: Moment = -1.0
+    aborted: Moment = -1.0
+    left: Moment = -1.0
+    joined: Moment = -1.0
+    answered: Moment = -1.0
+    group_ready: Moment = -1.0
+    first_step: Moment = -1.0
+
+
+class Failure(Part, frozen=True):
+    """A loss or fault as the lighthouse published it, or noted it as a consequence of an earlier one."""
+
+    kind: Literal["lost", "faulted"]
+    member: Name
+    incarnation: Name
+    rank: Annotated[int, Meta(ge=-1)]
+    node: Short
+    iteration: Iteration
+    cause: Cause
+    occurred_at: Moment
+    detected_at: Moment
+    published_at: Moment
+    detector: Short
+
+
+# --- sessions ----------------------------------------------------------------------------------------------
+
+
+class NodeHello(Message, frozen=True):
+    """An agent introduces its node. ``address`` is where the lighthouse may probe it (``ipc://`` or ``tcp://``)."""
+
+    type_id = 1
+    direction = "agent -> lighthouse, coordinator"
+    answer = "Welcome | Refused"
+    node: Name
+    incarnation: Name
+    address: Short
+    slots: Count
+    software: Short = ""
+
+
+class Welcome(Message, frozen=True):
+    """The session stands. ``beat_interval`` is the one to use from now on; ``epoch`` rises with every start."""
+
+    type_id = 2
+    direction = "lighthouse, coordinator -> agent; agent -> worker"
+    epoch: Count
+    beat_interval: Duration = 0.0
+
+
+class Refused(Message, frozen=True):
+    """A request that was understood and not granted; ``reason`` is a sentence for people.
+
+    ``job`` and ``member`` say on whose behalf the request was forwarded.
+    """
+
+    type_id = 3
+    direction = "any daemon -> whoever asked"
+    request: Count
+    code: Literal[
+        "UNKNOWN_JOB",
+        "UNKNOWN_MEMBER",
+        "UNKNOWN_NODE",
+        "STALE_GENERATION",
+        "NAME_TAKEN",
+        "NO_SLOTS",
+        "POLICY",
+        "BAD_REQUEST",
+    ]
+    reason: Text
+    job: Short = ""
+    member: Short = ""
+
+
+class Beat(Message, frozen=True):
+    """One heartbeat for a node and all its workers."""
+
+    type_id = 4
+    direction = "agent -> lighthouse"
+    answer = "BeatAnswer"
+    node: Name
+    incarnation: Name
+    sequence: Count
+
+
+class BeatAnswer(Message, frozen=True):
+    """Every beat is answered; ``known`` false means: register again. Silence means: make a new socket."""
+
+    type_id = 5
+    direction = "lighthouse -> agent"
+    epoch: Count
+    sequence: Count
+    known: bool
+
+
+class Acknowledged(Message, frozen=True):
+    """The report with this number was taken (or had been taken before)."""
+
+    type_id = 6
+    direction = "lighthouse, coordinator -> agent"
+    request: Count
+
+
+class WorkerHello(Message, frozen=True):
+    """A worker introduces itself to its agent. ``wrapped`` says that it uses the restart wrapper."""
+
+    type_id = 7
+    direction = "worker -> agent"
+    answer = "Welcome | Refused"
+    job: Name
+    member: Name
+    incarnation: Name
+    pid: Count
+    wrapped: bool
+
+
+# --- roster ------------------------------------------------------------------------------------------------
+
+
+class Roster(Message, frozen=True):
+    """Who is to be in the job (D1). Idempotent; only the coordinator makes one, only a higher generation counts."""
+
+    type_id = 10
+    direction = "coordinator -> lighthouse, agent"
+    answer = "Acknowledged"
+    request: Count
+    job: Name
+    generation: Count
+    policy: Policy
+    min_members: Count
+    slots: list[Slot]
+    store: StoreAddress
+    master_addr: Short
+    master_port: Port
+    base_iteration: Iteration
+    join_timeout: Duration
+    start_timeout: Duration
+    allowance: Count
+    spec: JobSpec
+
+
+class MemberStarted(Message, frozen=True):
+    """A slot has a new incarnation; it is expected to join until its time has passed (D3)."""
+
+    type_id = 11
+    direction = "agent -> lighthouse"
+    answer = "Acknowledged | Refused"
+    request: Count
+    job: Name
+    generation: Count
+    member: Name
+    incarnation: Name
+    node: Name
+
+
+class MemberLost(Message, frozen=True):
+    """A worker is dying or dead. ``replacement`` announces the incarnation that takes its place, if one does."""
+
+    type_id = 12
+    direction = "agent -> lighthouse"
+    answer = "Acknowledged | Refused"
+    request: Count
+    job: Name
+    generation: Count
+    member: Name
+    incarnation: Name
+    cause: Cause
+    occurred_at: Moment
+    detected_at: Moment
+    detector: Short
+    replacement: Short = ""
+
+
+class MemberFaulted(Message, frozen=True):
+    """A worker left the function by an exception and will join again."""
+
+    type_id = 13
+    direction = "worker -> agent -> lighthouse"
+    answer = ""
+    job: Name
+    member: Name
+    incarnation: Name
+    iteration: Iteration
+    cause: Cause
+    occurred_at: Moment
+
+
+class StoreLost(Message, frozen=True):
+    """The TCPStore service of a job died; ``store`` is the one that takes its place."""
+
+    type_id = 14
+    direction = "agent -> lighthouse"
+    answer = "Acknowledged | Refused"
+    request: Count
+    job: Name
+    generation: Count
+    store: StoreAddress
+    detected_at: Moment
+
+
+# --- quorum ------------------------------------------------------------------------------------------------
+
+
+class Join(Message, frozen=True):
+    """A member asks for the next quorum and waits.
+
+    ``iteration`` and ``restarts`` are those of its last answered quorum, -1 and 0 in a process that had none;
+    ``quorum_id`` and ``quorum_members`` likewise: the highest of all joiners is taken as the previous quorum.
+    """
+
+    type_id = 20
+    direction = "worker -> agent -> lighthouse"
+    answer = "QuorumAnswer | QuorumReset | Completed | Refused"
+    job: Name
+    group: Name
+    generation: Count
+    member: Name
+    incarnation: Name
+    request: Count
+    iteration: Iteration
+    restarts: Count
+    quorum_id: QuorumId
+    quorum_members: list[Name]
+    commit_failures: Count = 0
+    keys: dict[str, str] = {}
+
+
+class QuorumAnswer(Message, frozen=True):
+    """The quorum, once per node; ``recipients`` says which of the node's members waited for it."""
+
+    type_id = 21
+    direction = "lighthouse -> agent -> worker"
+    job: Name
+    group: Name
+    recipients: list[Recipient]
+    quorum_id: QuorumId
+    generation: Count
+    iteration: Count
+    restarts: Count
+    members: list[Member]
+    store: StoreAddress
+
+
+class QuorumReset(Message, frozen=True):
+    """The wait was cut short because the membership changed: join again inside the same call."""
+
+    type_id = 22
+    direction = "lighthouse -> agent -> worker"
+    job: Name
+    group: Name
+    recipients: list[Recipient]
+    reason: Text
+
+
+class Complete(Message, frozen=True):
+    """The function returned in this iteration; the member waits for the others (D10)."""
+
+    type_id = 23
+    direction = "worker -> agent -> lighthouse"
+    answer = "Completed | QuorumReset | Refused"
+    job: Name
+    group: Name
+    generation: Count
+    member: Name
+    incarnation: Name
+    request: Count
+    iteration: Count
+
+
+class Completed(Message, frozen=True):
+    """All active members completed; sticky."""
+
+    type_id = 24
+    direction = "lighthouse -> agent -> worker"
+    job: Name
+    group: Name
+    recipients: list[Recipient]
+
+
+class AbortJob(Message, frozen=True):
+    """A worker asks that the whole job end: RestartAbort."""
+
+    type_id = 25
+    direction = "worker -> agent -> coordinator"
+    job: Name
+    member: Name
+    incarnation: Name
+    reason: Text
+
+
+# --- events ------------------------------------------------------------------------------------------------
+
+
+class FailureEvent(Message, frozen=True):
+    """A failure, published once. ``sequence`` counts a job's events within an ``epoch`` without gaps."""
+
+    type_id = 30
+    direction = "lighthouse -> subscribers, re-published by agents"
+    job: Name
+    group: Name
+    epoch: Count
+    sequence: Count
+    failure: Failure
+
+
+class QuorumEvent(Message, frozen=True):
+    """A quorum was answered. ``consequences``: faults of the incident which it ends that were not published alone."""
+
+    type_id = 31
+    direction = "lighthouse -> subscribers, re-published by agents"
+    job: Name
+    group: Name
+    epoch: Count
+    sequence: Count
+    quorum_id: QuorumId
+    generation: Count
+    iteration: Count
+    restarts: Count
+    members: list[Member]
+    answered_at: Moment
+    ended_iteration: Iteration
+    consequences: list[Failure]
+
+
+class CompletedEvent(Message, frozen=True):
+    """The job's group completed."""
+
+    type_id = 32
+    direction = "lighthouse -> subscribers, re-published by agents"
+    job: Name
+    group: Name
+    epoch: Count
+    sequence: Count
+
+
+class EventBeat(Message, frozen=True):
+    """The latest sequence number of every job, repeated while idle, so that a lost tail is seen."""
+
+    type_id = 33
+    direction = "lighthouse -> subscribers"
+    epoch: Count
+    latest: dict[str, int]
+
+
+class SnapshotRequest(Message, frozen=True):
+    """After a gap, a new epoch or a fresh subscription: where does the job stand?"""
+
+    type_id = 34
+    direction = "agent, coordinator -> lighthouse; worker -> agent"
+    answer = "Snapshot | Refused"
+    request: Count
+    job: Name
+
+
+class Snapshot(Message, frozen=True):
+    """A job as of ``sequence``: its ring of failures, its last quorum, its end."""
+
+    type_id = 35
+    direction = "lighthouse -> whoever asked"
+    request: Count
+    job: Name
+    epoch: Count
+    sequence: Count
+    failures: list[FailureEvent]
+    quorums: list[QuorumEvent]
+    completed: bool
+    reason: Text
+
+
+# --- jobs --------------------------------------------------------------------------------------------------
+
+
+class SubmitJob(Message, frozen=True):
+    """A person submits a job; the same request number and spec is answered the same way again."""
+
+    type_id = 40
+    direction = "operator -> coordinator"
+    answer = "JobStatus | Refused"
+    request: Count
+    spec: JobSpec
+
+
+class FollowJob(Message, frozen=True):
+    """Send JobStatus at every change for the next ten seconds; asked again to stay."""
+
+    type_id = 41
+    direction = "operator -> coordinator"
+    answer = "JobStatus | Refused"
+    request: Count
+    job: Name
+
+
+class JobStatus(Message, frozen=True):
+    """Where a job stands. ``result`` is a sentence once it has ended, ``log_tail`` what the culprit last printed."""
+
+    type_id = 42
+    direction = "coordinator -> operator"
+    request: Count
+    job: Name
+    state: Literal["PENDING", "STARTING", "RUNNING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"]
+    generation: Count
+    iteration: Iteration
+    alive: Count
+    world_size: Count
+    restarts: Count
+    process_restarts: Count
+    step: Count
+    pids: dict[str, int]
+    sentence: Text
+    result: Text
+    log_tail: list[str]
+    incidents: Count
+    running_for: Duration
+
+
+class StopJob(Message, frozen=True):
+    """End a job now."""
+
+    type_id = 43
+    direction = "operator -> coordinator"
+    answer = "JobStatus | Refused"
+    request: Count
+    job: Name
+    reason: Text
+
+
+class IncidentsRequest(Message, frozen=True):
+    """What happened to a job so far?"""
+
+    type_id = 44
+    direction = "operator -> coordinator"
+    answer = "Incidents | Refused"
+    request: Count
+    job: Name
+
+
+class Incident(Part, frozen=True):
+    """One fault and everything it set off (D5). ``failures[0]`` is the root cause; stamps by member."""
+
+    number: Count
+    group: Name
+    iteration: Iteration
+    failures: list[Failure]
+    consequences: list[Failure]
+    next_iteration: Iteration
+    quorum_at: Moment
+    members: list[Member]
+    stamps: dict[str, Stamps]
+    started: dict[str, float]
+    """When the keeper forked the replacement of a member."""
+    log_tail: list[str]
+
+
+class Incidents(Message, frozen=True):
+    """The incident records of a job, oldest first."""
+
+    type_id = 45
+    direction = "coordinator -> operator"
+    request: Count
+    job: Name
+    incidents: list[Incident]
+
+
+# --- agent and coordinator ---------------------------------------------------------------------------------
+
+
+class PrepareStore(Message, frozen=True):
+    """Reserve MASTER_PORT and start the TCPStore service on MASTER_PORT+2 of this node (D8)."""
+
+    type_id = 50
+    direction = "coordinator -> agent"
+    answer = "StoreReady | StoreFailed"
+    request: Count
+    generation: Count
+    spec: JobSpec
+
+
+class StoreReady(Message, frozen=True):
+    """The TCPStore service listens."""
+
+    type_id = 51
+    direction = "agent -> coordinator"
+    request: Count
+    job: Name
+    master_addr: Short
+    master_port: Port
+    store: StoreAddress
+
+
+class StoreFailed(Message, frozen=True):
+    """The TCPStore service could not be started; ``reason`` says what to do."""
+
+    type_id = 52
+    direction = "agent -> coordinator"
+    request: Count
+    job: Name
+    reason: Text
+
+
+class WorkerStarted(Message, frozen=True):
+    """A worker process runs."""
+
+    type_id = 53
+    direction = "agent -> coordinator"
+    answer = "Acknowledged"
+    request: Count
+    job: Name
+    generation: Count
+    member: Name
+    incarnation: Name
+    pid: Count
+    forked_at: Moment
+    replaces: Short
+
+
+class WorkerExited(Message, frozen=True):
+    """A worker process ended. ``status``: exit code, or minus the signal; ``replacement``: who was started instead."""
+
+    type_id = 54
+    direction = "agent -> coordinator"
+    answer = "Acknowledged"
+    request: Count
+    job: Name
+    generation: Count
+    member: Name
+    incarnation: Name
+    status: int
+    wrapped: bool
+    completed: bool
+    ordered: bool
+    replacement: Short
+    log_path: Text
+    log_tail: list[Text]
+    charged: Count
+
+
+class WorkerRegistered(Message, frozen=True):
+    """A worker uses the restart wrapper: the policy must allow it."""
+
+    type_id = 55
+    direction = "agent -> coordinator"
+    job: Name
+    member: Name
+    incarnation: Name
+
+
+class JobProgress(Message, frozen=True):
+    """The progress counters of a node's workers, read from their shared pages, by member."""
+
+    type_id = 56
+    direction = "agent -> coordinator"
+    job: Name
+    step: dict[str, int]
+    checkpoint: dict[str, int]
+
+
+class Timeline(Message, frozen=True):
+    """What a worker saw of its way from a fault to its first step after it."""
+
+    type_id = 57
+    direction = "worker -> agent -> coordinator"
+    job: Name
+    member: Name
+    incarnation: Name
+    ended_iteration: Iteration
+    iteration: Count
+    stamps: Stamps
+
+
+class StopWorkers(Message, frozen=True):
+    """Stop all workers of a job on this node: for a restart of all (a higher generation follows), or for good."""
+
+    type_id = 58
+    direction = "coordinator -> agent"
+    answer = "WorkersStopped"
+    request: Count
+    job: Name
+    generation: Count
+    grace: Duration
+    final: bool
+
+
+class WorkersStopped(Message, frozen=True):
+    """No worker of this job and generation runs on this node any more."""
+
+    type_id = 59
+    direction = "agent -> coordinator"
+    request: Count
+    job: Name
+    generation: Count
+
+
+def _all(cls: type[Message]) -> dict[int, type[Message]]:
+    found: dict[int, type[Message]] = {}
+    for sub in cls.__subclasses__():
+        if sub.type_id in found:
+            raise TypeError(f"{sub.__name__} and {found[sub.type_id].__name__} share type {sub.type_id}")
+        found[sub.type_id] = sub
+    return found
+
+
+TYPES: dict[int, type[Message]] = _all(Message)
+"""Message types by the number that stands in the header."""

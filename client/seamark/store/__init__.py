@@ -1,0 +1,1 @@
+"""The job's state in the TCPStore: its counters and its key space."""

@@ -1,0 +1,465 @@
+"""The agent as a state machine: what a host does about its workers.
+
+Takes what the keeper, the death watch, the workers and the other daemons say; returns what to send, start,
+signal and stop. The fast path of policy ``replace`` is here: a dying worker is reported together with the
+incarnation that takes its place, out of an allowance that came with the roster (D3, D16), so that no other
+daemon stands between a death and the fork of its replacement. Knows no socket, no process and no clock.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from seamark.protocol.messages import (
+    AbortJob,
+    Acknowledged,
+    Cause,
+    Complete,
+    Completed,
+    JobSpec,
+    Join,
+    MemberFaulted,
+    MemberLost,
+    MemberStarted,
+    Message,
+    PrepareStore,
+    QuorumAnswer,
+    QuorumReset,
+    Refused,
+    Roster,
+    SnapshotRequest,
+    StopWorkers,
+    StoreAddress,
+    StoreFailed,
+    StoreLost,
+    StoreReady,
+    Timeline,
+    Welcome,
+    WorkerExited,
+    WorkerHello,
+    WorkerRegistered,
+    WorkersStopped,
+    WorkerStarted,
+)
+from seamarkd.exits import ABORT_EXIT_CODE, exit_cause
+
+RESEND_INTERVAL = 0.5
+"""Seconds between two sendings of a report that nobody acknowledged."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToLighthouse:
+    """Send to the lighthouse."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class ToCoordinator:
+    """Send to the coordinator."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class ToWorker:
+    """Send to the worker process with this incarnation."""
+
+    incarnation: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    """Have the keeper start a worker process."""
+
+    job: str
+    member: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class SignalWorker:
+    """Signal a worker's process group."""
+
+    job: str
+    member: str
+    incarnation: str
+    signum: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartStore:
+    """Have the keeper start the TCPStore service; ``fixed`` is the port a person asked for, else 0."""
+
+    job: str
+    incarnation: str
+    fixed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopJobHere:
+    """Stop all workers of a job; with ``final`` its store and keeper too. Answered by ``stopped``."""
+
+    job: str
+    generation: int
+    grace: float
+    final: bool
+
+
+Effect: TypeAlias = ToLighthouse | ToCoordinator | ToWorker | StartWorker | SignalWorker | StartStore | StopJobHere
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker process, from the order to start it until its exit was reported."""
+
+    member: str
+    incarnation: str
+    generation: int
+    pid: int = 0
+    wrapped: bool = False
+    completed: bool = False
+    lost: bool = False
+    replaces: str = ""
+    replacement: str = ""
+    ordered: bool = False
+
+
+@dataclass(slots=True)
+class Job:
+    """A job's part on this node."""
+
+    name: str
+    spec: JobSpec
+    roster: Roster | None = None
+    workers: dict[str, Worker] = field(default_factory=dict)
+    """By incarnation; the living and those whose exit isn't reported yet."""
+    allowance: int = 0
+    store: StoreAddress = field(default_factory=StoreAddress)
+    store_request: int = 0
+    store_incarnation: str = ""
+    master_port: int = 0
+    stopping: StopWorkers | None = None
+    ended: bool = False
+    wrapped: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    """A report that has to be acknowledged."""
+
+    effect: ToLighthouse | ToCoordinator
+    due: float
+
+
+class Agent:
+    """The state of one node.
+
+    Args:
+        node: its name.
+        new_incarnation: gives a fresh random id.
+    """
+
+    def __init__(self, node: str, new_incarnation: Callable[[], str]) -> None:
+        self.node = node
+        self.jobs: dict[str, Job] = {}
+        self._new_incarnation = new_incarnation
+        self._request = 0
+        self._reports: dict[int, Report] = {}
+
+    # --- from the coordinator ------------------------------------------------------------------------------
+
+    def from_coordinator(self, now: float, message: Message) -> list[Effect]:
+        """What follows from a message of the coordinator."""
+        match message:
+            case Acknowledged():
+                self._reports.pop(message.request, None)
+            case PrepareStore():
+                return self._prepare_store(message)
+            case Roster():
+                return self._roster(now, message)
+            case StopWorkers():
+                return self._stop(message)
+            case _:
+                pass
+        return []
+
+    def _prepare_store(self, order: PrepareStore) -> list[Effect]:
+        job = self.jobs.setdefault(order.spec.name, Job(order.spec.name, order.spec))
+        if job.store.port and job.store_request == order.request:
+            return [ToCoordinator(self._store_ready(job))]
+        if job.store_request == order.request:
+            return []
+        job.store_request = order.request
+        job.store_incarnation = self._new_incarnation()
+        return [StartStore(job.name, job.store_incarnation, order.spec.master_port)]
+
+    def _store_ready(self, job: Job) -> StoreReady:
+        return StoreReady(job.store_request, job.name, job.store.host, job.master_port, job.store)
+
+    def _roster(self, now: float, roster: Roster) -> list[Effect]:
+        job = self.jobs.setdefault(roster.job, Job(roster.job, roster.spec))
+        effects: list[Effect] = [ToCoordinator(Acknowledged(roster.request))]
+        if job.ended:
+            return effects
+        if job.roster is not None and roster.generation <= job.roster.generation:
+            job.allowance = roster.allowance
+            return effects
+        job.roster = roster
+        job.store = roster.store
+        job.allowance = roster.allowance
+        job.wrapped = False
+        for worker in job.workers.values():
+            worker.ordered = True
+            effects.append(SignalWorker(job.name, worker.member, worker.incarnation, signal.SIGKILL))
+        for slot in roster.slots:
+            if slot.node == self.node:
+                effects += self._start(now, job, slot.member)
+        return effects
+
+    def _start(self, now: float, job: Job, member: str) -> list[Effect]:
+        assert job.roster is not None
+        generation = job.roster.generation
+        worker = Worker(member, self._new_incarnation(), generation)
+        job.workers[worker.incarnation] = worker
+        started = MemberStarted(self._next(), job.name, generation, member, worker.incarnation, self.node)
+        return [self._report(now, ToLighthouse(started)), StartWorker(job.name, member, worker.incarnation)]
+
+    def _stop(self, order: StopWorkers) -> list[Effect]:
+        job = self.jobs.get(order.job)
+        if job is None:
+            return [ToCoordinator(WorkersStopped(order.request, order.job, order.generation))]
+        job.stopping = order
+        job.ended = job.ended or order.final
+        for worker in job.workers.values():
+            worker.ordered = True
+        return [StopJobHere(job.name, order.generation, order.grace, order.final)]
+
+    # --- from the keeper and the death watch ---------------------------------------------------------------
+
+    def store_started(self, job_name: str, address: StoreAddress, master_port: int) -> list[Effect]:
+        """The TCPStore service listens."""
+        job = self.jobs[job_name]
+        job.store = address
+        job.master_port = master_port
+        return [ToCoordinator(self._store_ready(job))]
+
+    def store_failed(self, job_name: str, reason: str) -> list[Effect]:
+        """The TCPStore service could not be started."""
+        job = self.jobs[job_name]
+        return [ToCoordinator(StoreFailed(job.store_request, job_name, reason))]
+
+    def store_exited(self, job_name: str) -> list[Effect]:
+        """The TCPStore service died: a new one on the same port, at once."""
+        job = self.jobs[job_name]
+        if job.ended or job.roster is None:
+            return []
+        job.store_incarnation = self._new_incarnation()
+        return [StartStore(job.name, job.store_incarnation, job.master_port)]
+
+    def store_restarted(self, now: float, job_name: str, detected_at: float) -> list[Effect]:
+        """The new TCPStore service listens: everybody's groups have to be made anew on it."""
+        job = self.jobs[job_name]
+        if job.roster is None:
+            return []
+        job.store = StoreAddress(job.store.host, job.store.port, job.store_incarnation)
+        report = StoreLost(self._next(), job.name, job.roster.generation, job.store, detected_at)
+        return [self._report(now, ToLighthouse(report))]
+
+    def worker_started(self, now: float, job_name: str, incarnation: str, pid: int, forked_at: float) -> list[Effect]:
+        """The keeper started a worker."""
+        job = self.jobs.get(job_name)
+        worker = job.workers.get(incarnation) if job else None
+        if worker is None:
+            return []
+        worker.pid = pid
+        message = WorkerStarted(
+            self._next(), job_name, worker.generation, worker.member, incarnation, pid, forked_at, worker.replaces
+        )
+        return [self._report(now, ToCoordinator(message))]
+
+    def dying(self, now: float, job_name: str, incarnation: str, how: str, at: float) -> list[Effect]:
+        """The kernel says that a worker is dying, before its exit status is known."""
+        job = self.jobs.get(job_name)
+        worker = job.workers.get(incarnation) if job else None
+        if job is None or worker is None:
+            return []
+        cause = Cause(kind="signal", text="killed")
+        return self._lose(now, job, worker, cause, at, how)
+
+    def exited(
+        self, now: float, job_name: str, incarnation: str, status: int, at: float, log_path: str, tail: list[str]
+    ) -> list[Effect]:
+        """A worker's exit status: code, or minus the signal."""
+        job = self.jobs.get(job_name)
+        worker = job.workers.pop(incarnation, None) if job else None
+        if job is None or worker is None:
+            return []
+        if status == 0 and not worker.wrapped:
+            worker.completed = True
+        effects: list[Effect] = []
+        if not (status == 0 and worker.completed):
+            cause = exit_cause(status)
+            effects = self._lose(now, job, worker, cause, at, "exit status")
+        message = WorkerExited(
+            self._next(),
+            job_name,
+            worker.generation,
+            worker.member,
+            incarnation,
+            status,
+            worker.wrapped,
+            worker.completed,
+            worker.ordered,
+            worker.replacement,
+            log_path,
+            tail,
+            1 if worker.replacement else 0,
+        )
+        return [*effects, self._report(now, ToCoordinator(message))]
+
+    def _lose(self, now: float, job: Job, worker: Worker, cause: Cause, at: float, how: str) -> list[Effect]:
+        roster = job.roster
+        current = roster is not None and worker.generation == roster.generation
+        if worker.lost or worker.ordered or roster is None or not current:
+            return []
+        worker.lost = True
+        if self._may_replace(job, roster, cause):
+            job.allowance -= 1
+            worker.replacement = self._new_incarnation()
+        report = MemberLost(
+            request=self._next(),
+            job=job.name,
+            generation=roster.generation,
+            member=worker.member,
+            incarnation=worker.incarnation,
+            cause=cause,
+            occurred_at=-1.0,
+            detected_at=at,
+            detector=how,
+            replacement=worker.replacement,
+        )
+        effects: list[Effect] = [self._report(now, ToLighthouse(report))]
+        if worker.replacement:
+            # Announced by the report itself: one message less between the death and the fork.
+            job.workers[worker.replacement] = Worker(
+                worker.member, worker.replacement, worker.generation, replaces=worker.incarnation
+            )
+            effects.append(StartWorker(job.name, worker.member, worker.replacement))
+        return effects
+
+    def _may_replace(self, job: Job, roster: Roster, cause: Cause) -> bool:
+        """Only a session that somebody's wrapper holds together can be entered again by a newcomer."""
+        aborted = cause.kind == "exit" and cause.status == ABORT_EXIT_CODE
+        wanted = roster.policy == "replace" and job.wrapped and not aborted
+        return wanted and job.allowance > 0 and not job.ended and job.stopping is None
+
+    def stopped(self, job_name: str) -> list[Effect]:
+        """All workers of the job are gone, as ordered."""
+        job = self.jobs[job_name]
+        order = job.stopping
+        if order is None:
+            return []
+        job.stopping = None
+        if order.final:
+            del self.jobs[job_name]
+        return [ToCoordinator(WorkersStopped(order.request, order.job, order.generation))]
+
+    # --- from workers --------------------------------------------------------------------------------------
+
+    def from_worker(self, now: float, incarnation: str, message: Message) -> list[Effect]:
+        """What follows from a message of a worker: most of it is forwarded."""
+        match message:
+            case WorkerHello():
+                return self._worker_hello(incarnation, message)
+            case Join() | Complete() | MemberFaulted() | SnapshotRequest():
+                return [ToLighthouse(message)]
+            case Timeline() | AbortJob():
+                return [ToCoordinator(message)]
+            case _:
+                sentence = f"{type(message).__name__} is not a worker's message"
+                return [ToWorker(incarnation, Refused(0, "BAD_REQUEST", sentence))]
+
+    def _worker_hello(self, incarnation: str, hello: WorkerHello) -> list[Effect]:
+        job = self.jobs.get(hello.job)
+        worker = job.workers.get(hello.incarnation) if job else None
+        if job is None or worker is None or incarnation != hello.incarnation or worker.member != hello.member:
+            sentence = f"{hello.member} ({hello.incarnation}) is not a worker that this agent started"
+            return [ToWorker(incarnation, Refused(0, "UNKNOWN_MEMBER", sentence, hello.job, hello.member))]
+        effects: list[Effect] = [ToWorker(incarnation, Welcome(0))]
+        if hello.wrapped and not worker.wrapped:
+            worker.wrapped = True
+            job.wrapped = True
+            effects.append(ToCoordinator(WorkerRegistered(hello.job, hello.member, hello.incarnation)))
+        return effects
+
+    # --- from the lighthouse -------------------------------------------------------------------------------
+
+    def from_lighthouse(self, now: float, message: Message) -> list[Effect]:
+        """What follows from a message of the lighthouse: answers go to the workers they are for."""
+        match message:
+            case Acknowledged():
+                self._reports.pop(message.request, None)
+            case QuorumAnswer() | QuorumReset():
+                return [ToWorker(one.incarnation, message) for one in message.recipients]
+            case Completed():
+                job = self.jobs.get(message.job)
+                for one in message.recipients:
+                    worker = job.workers.get(one.incarnation) if job else None
+                    if worker is not None:
+                        worker.completed = True
+                return [ToWorker(one.incarnation, message) for one in message.recipients]
+            case Refused(member=member) if member:
+                job = self.jobs.get(message.job)
+                workers = job.workers.values() if job else ()
+                return [ToWorker(w.incarnation, message) for w in workers if w.member == member]
+            case _:
+                pass
+        return []
+
+    def registered(self, now: float) -> list[Effect]:
+        """The lighthouse is a new one, or new to us: announce every living worker."""
+        effects: list[Effect] = []
+        for job in self.jobs.values():
+            for worker in job.workers.values():
+                if not worker.lost:
+                    started = MemberStarted(
+                        self._next(), job.name, worker.generation, worker.member, worker.incarnation, self.node
+                    )
+                    effects.append(self._report(now, ToLighthouse(started)))
+        return effects
+
+    # --- what the shell asks -------------------------------------------------------------------------------
+
+    def spec(self, job: str) -> JobSpec:
+        """What the job was submitted with."""
+        return self.jobs[job].spec
+
+    def listening(self, job: str) -> list[str]:
+        """The workers that are told of the job's failures."""
+        known = self.jobs.get(job)
+        return [worker.incarnation for worker in known.workers.values() if worker.wrapped] if known else []
+
+    # --- reports until acknowledged ------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[Effect]:
+        """Reports to send again."""
+        effects: list[Effect] = []
+        for report in self._reports.values():
+            if now >= report.due:
+                report.due = now + RESEND_INTERVAL
+                effects.append(report.effect)
+        return effects
+
+    def _next(self) -> int:
+        self._request += 1
+        return self._request
+
+    def _report(self, now: float, effect: ToLighthouse | ToCoordinator) -> ToLighthouse | ToCoordinator:
+        request: int = getattr(effect.message, "request")  # noqa: B009 - every report has one
+        self._reports[request] = Report(effect, now + RESEND_INTERVAL)
+        return effect

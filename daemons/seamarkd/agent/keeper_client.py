@@ -1,0 +1,565 @@
+"""The agent's side of a keeper: start one, connect to one that lives, ask it for things, hear of exits.
+
+Nothing here decides anything, and nothing here needs torch: what the keeper imports, it imports in the job's
+interpreter. `keeper` documents the messages.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import json
+import os
+import socket
+import subprocess
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Message = dict[str, Any]
+
+KEEPER = Path(__file__).with_name("keeper.py")
+MAX_PACKET_BYTES = 1 << 20
+CONNECT_PAUSE = 0.01
+LOG_TAIL_CHARACTERS = 2000
+_SPACE_FOR_TWO = socket.CMSG_SPACE(2 * array.array("i").itemsize)
+
+# Importing torch can take a minute from a cold network file system.
+READY_TIMEOUT = 180.0
+REQUEST_TIMEOUT = 10.0
+
+
+class KeeperError(Exception):
+    """What a keeper refused or could not do, as a sentence.
+
+    Attributes:
+        code: the keeper's reason, or "timeout", "closed" or "spawn".
+    """
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A keeper's answer to hello.
+
+    Attributes:
+        modules: what it has imported, and the seconds each took.
+        forks: whether workers are forked; otherwise they are exec'ed, and `reason` says why.
+        culprit: the module that made forking unsafe.
+    """
+
+    job: str
+    pid: int
+    start_time: int
+    python: str
+    modules: list[tuple[str, float]]
+    forks: bool
+    culprit: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process that a keeper started.
+
+    Attributes:
+        kind: "worker" or "store".
+        start_time: field 22 of /proc/PID/stat, in clock ticks since boot.
+        forked: whether it was forked; if not, `why_exec` says why.
+        forked_at: `time.monotonic` right before the fork, in seconds.
+        fork_seconds: how long the fork held up the keeper.
+        port: the port of a store.
+        status: None while it lives, then its exit code, or minus the number of the signal that ended it.
+        core: whether it left a core dump.
+        at: `time.monotonic` when the keeper saw it end.
+    """
+
+    slot: str
+    incarnation: str
+    kind: str
+    pid: int
+    start_time: int
+    forked: bool
+    forked_at: float
+    fork_seconds: float
+    why_exec: str | None
+    port: int | None
+    status: int | None
+    core: bool
+    at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A process together with its descriptors, which the caller owns and closes; -1 once it has ended."""
+
+    process: Process
+    pidfd: int
+    page: int
+
+    def close(self) -> None:
+        """Close both descriptors."""
+        for fd in (self.pidfd, self.page):
+            if fd >= 0:
+                os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packet:
+    message: Message
+    fds: tuple[int, ...]
+
+
+class KeeperClient:
+    """One connection to a keeper. Made by `spawn` or `connect`, for use in the running event loop.
+
+    An exit can be reported to `on_exited` before the `start` of that process returns: both arrive together.
+    """
+
+    ready: Ready
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_exited: Callable[[Process], None],
+        on_closed: Callable[[str], None],
+        child: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        self._sock = sock
+        self._child = child
+        self._on_exited = on_exited
+        self._on_closed = on_closed
+        self._loop = asyncio.get_running_loop()
+        self._next_id = 0
+        self._answers: dict[int, asyncio.Queue[_Packet]] = {}
+        self._unsent: deque[bytes] = deque()
+        self._buffer = bytearray(MAX_PACKET_BYTES)
+        self._why_closed: str | None = None
+        sock.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, 2 * MAX_PACKET_BYTES)
+        self._loop.add_reader(sock, self._receive)
+
+    @classmethod
+    async def spawn(
+        cls,
+        python: str,
+        socket_path: str,
+        *,
+        job: str,
+        env: Mapping[str, str],
+        cwd: str,
+        log: str,
+        epoch: int,
+        on_exited: Callable[[Process], None],
+        on_closed: Callable[[str], None],
+        linger: float | None = None,
+        preload: Sequence[str] | None = None,
+        timeout: float = READY_TIMEOUT,
+    ) -> KeeperClient:
+        """Start a keeper that outlives this process, and connect to it.
+
+        Args:
+            python: the job's interpreter.
+            socket_path: where the keeper is to listen; the directory is the caller's, mode 0700.
+            job: the job's name.
+            env: the job's environment. A worker that asks for another value of something that is read when
+                a program starts (``PYTHONPATH``, ``LD_LIBRARY_PATH``, ``TORCH_LOGS``, ...) isn't forked but
+                exec'ed.
+            cwd: the job's working directory.
+            log: file for what the keeper itself prints.
+            epoch: this agent's epoch.
+            on_exited: called for every exit, again in each new connection until it is acknowledged.
+            on_closed: called once with a sentence when the connection is lost, but not after `close`.
+            linger: seconds that the keeper waits for another agent once this one is gone, before it ends
+                everything and itself; None: for ever.
+            preload: modules to import ahead of the workers instead of the keeper's own list.
+            timeout: seconds until it has to be ready.
+
+        Raises:
+            KeeperError: it could not be started, ended at once, or was not ready in time and was killed.
+        """
+        command = [python, str(KEEPER), "--socket", socket_path, "--job", job]
+        if linger is not None:
+            command += ["--linger", str(linger)]
+        if preload is not None:
+            command += ["--preload", ",".join(preload)]
+        try:
+            with open(log, "ab") as output:
+                process = subprocess.Popen(
+                    command,
+                    env=dict(env),
+                    cwd=cwd,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise KeeperError("spawn", f"can't start a keeper with {python} in {cwd}: {error}") from error
+        try:
+            async with asyncio.timeout(timeout):
+                sock = await _connect_to(process, socket_path, log)
+                client = cls(sock, on_exited, on_closed, process)
+                await client._hello(epoch, timeout)
+        except TimeoutError:
+            _end(process)
+            raise KeeperError("timeout", f"the keeper of {job} was not ready after {timeout:g} s") from None
+        except BaseException:
+            _end(process)
+            raise
+        return client
+
+    @classmethod
+    async def connect(
+        cls,
+        socket_path: str,
+        *,
+        epoch: int,
+        on_exited: Callable[[Process], None],
+        on_closed: Callable[[str], None],
+        timeout: float = READY_TIMEOUT,
+    ) -> KeeperClient:
+        """Connect to a keeper that lives, one that still preloads included.
+
+        Args:
+            socket_path: where it listens.
+            epoch: this agent's epoch: not below that of any agent that the keeper has seen.
+            on_exited: called for every exit not acknowledged yet, and for every further one.
+            on_closed: called once with a sentence when the connection is lost, but not after `close`.
+            timeout: seconds until it has to answer.
+
+        Raises:
+            KeeperError: nobody listens there, or the keeper refused or did not answer.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(socket_path)
+        except OSError as error:
+            sock.close()
+            raise KeeperError("closed", f"no keeper answers on {socket_path}: {error.strerror}") from error
+        client = cls(sock, on_exited, on_closed)
+        try:
+            await client._hello(epoch, timeout)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    async def start_worker(
+        self,
+        slot: str,
+        incarnation: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        log: str,
+        num_threads: int,
+        module: bool = False,
+        timeout: float = REQUEST_TIMEOUT,
+    ) -> Held:
+        """Start a worker; asked again for the same slot and incarnation, the same answer.
+
+        Args:
+            slot: whose place it takes.
+            incarnation: the id of this start.
+            argv: the script and its arguments; with `module`, the module's name and its arguments.
+            env: the worker's whole environment; the keeper sets OMP_NUM_THREADS and SEAMARK_PROGRESS_FD.
+            cwd: its working directory.
+            log: the file its output is appended to.
+            num_threads: threads of torch and of numpy's linear algebra.
+            module: run it as ``python -m``.
+            timeout: seconds.
+
+        Raises:
+            KeeperError: it could not be started; `code` is "bad_cwd", "bad_log", "stopping" or "system", ...
+        """
+        request = {
+            "type": "start",
+            "kind": "worker",
+            "slot": slot,
+            "incarnation": incarnation,
+            "argv": list(argv),
+            "env": dict(env),
+            "cwd": cwd,
+            "log": log,
+            "num_threads": num_threads,
+            "module": module,
+        }
+        return _held(await self._ask(request, timeout))
+
+    async def start_store(
+        self,
+        slot: str,
+        incarnation: str,
+        *,
+        host: str,
+        port: int,
+        env: Mapping[str, str],
+        log: str,
+        timeout: float = REQUEST_TIMEOUT,
+    ) -> Held:
+        """Start the server of the job's TCPStore; after its death, start it again on the same host and port.
+
+        The keeper listens, so clients wait in line from the first moment on and while no store lives.
+
+        Args:
+            slot: a name of its own, beside the workers' slots.
+            incarnation: the id of this start.
+            host: a numeric address of this node.
+            port: 0 for any; the answer has the port.
+            env: the store's whole environment.
+            log: the file its output is appended to.
+            timeout: seconds.
+
+        Raises:
+            KeeperError: `code` is "port_in_use", "bad_host", "bad_log", "stopping" or "system", ...
+        """
+        request = {
+            "type": "start",
+            "kind": "store",
+            "slot": slot,
+            "incarnation": incarnation,
+            "host": host,
+            "port": port,
+            "env": dict(env),
+            "log": log,
+        }
+        return _held(await self._ask(request, timeout))
+
+    async def signal(
+        self,
+        slot: str,
+        incarnation: str,
+        signum: int,
+        *,
+        group: bool = True,
+        timeout: float = REQUEST_TIMEOUT,
+    ) -> bool:
+        """Signal a process, or its whole process group, of which members may outlive it.
+
+        Returns:
+            whether there was anybody to signal.
+
+        Raises:
+            KeeperError: the keeper has no such process (`code` "unknown_process").
+        """
+        process = {"slot": slot, "incarnation": incarnation}
+        packet = await self._ask({"type": "signal", **process, "signum": signum, "group": group}, timeout)
+        return int(packet.message["reached"]) > 0
+
+    async def list_processes(self, *, timeout: float = REQUEST_TIMEOUT) -> list[Held]:
+        """All processes whose exit was not acknowledged, the living ones with their descriptors.
+
+        Raises:
+            KeeperError: no answer.
+        """
+        found: list[Held] = []
+        request_id, answers = self._begin({"type": "list"})
+        try:
+            while True:
+                packet = await self._answer(answers, "list", timeout)
+                if packet.message["type"] == "listed":
+                    return found
+                found.append(_held(packet))
+        except BaseException:
+            for held in found:
+                held.close()
+            raise
+        finally:
+            self._end(request_id)
+
+    async def acknowledge(self, slot: str, incarnation: str, *, timeout: float = REQUEST_TIMEOUT) -> None:
+        """Have the keeper forget a process that ended.
+
+        Raises:
+            KeeperError: it lives (`code` "alive"), or is unknown (`code` "unknown_process").
+        """
+        await self._ask({"type": "acknowledge", "slot": slot, "incarnation": incarnation}, timeout)
+
+    async def stop(self, grace: float, *, final: bool = True, timeout: float | None = None) -> list[int]:
+        """End all workers and all that they left behind: SIGTERM, and SIGKILL after `grace` seconds.
+
+        Args:
+            grace: seconds between the two.
+            final: end the stores and the keeper as well. `on_closed` isn't called for that.
+            timeout: seconds until the keeper has to answer; by default the grace and 15 more.
+
+        Returns:
+            the process ids that not even SIGKILL ended.
+
+        Raises:
+            KeeperError: no answer.
+        """
+        if final:
+            self._on_closed = lambda _: None
+        request = {"type": "stop", "grace": grace, "final": final}
+        packet = await self._ask(request, grace + 15.0 if timeout is None else timeout)
+        if final:
+            self.close()
+            if self._child is not None:
+                await asyncio.to_thread(self._child.wait)
+        return [int(pid) for pid in packet.message["left"]]
+
+    def close(self) -> None:
+        """Close the connection; the keeper and its processes live on, up to its linger time."""
+        self._on_closed = lambda _: None
+        self._lose("the connection to the keeper was closed here")
+
+    # -- requests and answers --------------------------------------------------------------------------------
+
+    async def _hello(self, epoch: int, timeout: float) -> None:
+        answer = (await self._ask({"type": "hello", "epoch": epoch}, timeout)).message
+        fields = {name: answer[name] for name in Ready.__slots__ if name != "modules"}
+        self.ready = Ready(modules=[(name, seconds) for name, seconds in answer["modules"]], **fields)
+
+    async def _ask(self, request: Message, timeout: float) -> _Packet:
+        request_id, answers = self._begin(request)
+        try:
+            return await self._answer(answers, str(request["type"]), timeout)
+        finally:
+            self._end(request_id)
+
+    def _begin(self, request: Message) -> tuple[int, asyncio.Queue[_Packet]]:
+        if self._why_closed is not None:
+            raise KeeperError("closed", self._why_closed)
+        self._next_id += 1
+        packet = json.dumps(request | {"id": self._next_id}).encode()
+        if len(packet) > MAX_PACKET_BYTES:
+            sentence = f"a request to the keeper may have {MAX_PACKET_BYTES} bytes: shorten the environment"
+            raise KeeperError("too_large", sentence)
+        answers: asyncio.Queue[_Packet] = asyncio.Queue()
+        self._answers[self._next_id] = answers
+        self._unsent.append(packet)
+        self._send()
+        return self._next_id, answers
+
+    async def _answer(self, answers: asyncio.Queue[_Packet], request: str, timeout: float) -> _Packet:
+        try:
+            async with asyncio.timeout(timeout):
+                packet = await answers.get()
+        except TimeoutError:
+            sentence = f"the keeper did not answer {request!r} within {timeout:g} s"
+            raise KeeperError("timeout", sentence) from None
+        if packet.message["type"] == "error":
+            raise KeeperError(packet.message["code"], packet.message["error"])
+        return packet
+
+    def _end(self, request_id: int) -> None:
+        answers = self._answers.pop(request_id)
+        while not answers.empty():
+            _close_all(answers.get_nowait().fds)
+
+    # -- the socket ------------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        while self._unsent:
+            try:
+                self._sock.send(self._unsent[0])
+            except BlockingIOError:
+                self._loop.add_writer(self._sock, self._send)
+                return
+            except OSError as error:
+                self._lose(f"can't write to the keeper: {error.strerror}")
+                return
+            self._unsent.popleft()
+        self._loop.remove_writer(self._sock)
+
+    def _receive(self) -> None:
+        while self._why_closed is None:
+            try:
+                size, ancillary, _, _ = self._sock.recvmsg_into(
+                    [self._buffer], _SPACE_FOR_TWO, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._lose(f"can't read from the keeper: {error.strerror}")
+                return
+            if size == 0:
+                self._lose("the keeper closed the connection")
+                return
+            self._dispatch(_Packet(json.loads(self._buffer[:size]), _descriptors(ancillary)))
+
+    def _dispatch(self, packet: _Packet) -> None:
+        message = packet.message
+        if message["type"] == "exited":
+            self._on_exited(_process(message))
+        elif message["type"] == "superseded":
+            self._lose(f"an agent of epoch {message['epoch']} has taken the keeper over")
+        elif message["id"] in self._answers:
+            self._answers[message["id"]].put_nowait(packet)
+        else:
+            _close_all(packet.fds)
+
+    def _lose(self, why: str) -> None:
+        if self._why_closed is not None:
+            return
+        self._why_closed = why
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        if self._child is not None:
+            self._child.poll()
+        refusal = {"type": "error", "code": "closed", "error": why}
+        for answers in self._answers.values():
+            answers.put_nowait(_Packet(refusal, ()))
+        self._on_closed(why)
+
+
+async def _connect_to(process: subprocess.Popen[bytes], socket_path: str, log: str) -> socket.socket:
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(socket_path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.close()
+        except OSError as error:
+            sock.close()
+            raise KeeperError("spawn", f"can't connect to {socket_path}: {error}") from error
+        else:
+            return sock
+        if process.poll() is not None:
+            tail = Path(log).read_text(errors="replace")[-LOG_TAIL_CHARACTERS:].strip()
+            sentence = f"the keeper ended at its start with status {process.returncode}: {tail}"
+            raise KeeperError("spawn", sentence)
+        await asyncio.sleep(CONNECT_PAUSE)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return tuple(fds)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _process(message: Message) -> Process:
+    return Process(**{name: message[name] for name in Process.__slots__})
+
+
+def _held(packet: _Packet) -> Held:
+    process = _process(packet.message)
+    if len(packet.fds) == 2:
+        return Held(process, *packet.fds)
+    _close_all(packet.fds)
+    if process.status is None:
+        sentence = "the descriptors of a process were lost on the way: raise the limit of open files (ulimit -n)"
+        raise KeeperError("system", sentence)
+    return Held(process, -1, -1)

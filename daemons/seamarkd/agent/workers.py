@@ -1,0 +1,68 @@
+"""What a worker process is given: its environment, its log file, its share of the cores."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from seamark import environment as names
+from seamark.protocol.messages import JobSpec, Roster, Slot
+
+TAIL_LINES = 20
+TAIL_BYTES = 16_384
+
+
+def environment(roster: Roster, slot: Slot, incarnation: str, address: str) -> dict[str, str]:
+    """The variables of one worker: the job's, torchrun's, and ours."""
+    spec = roster.spec
+    local_world_size = sum(other.node == slot.node for other in roster.slots)
+    env = dict(spec.env)
+    env |= {
+        "RANK": str(slot.rank),
+        "LOCAL_RANK": str(slot.local_rank),
+        "WORLD_SIZE": str(len(roster.slots)),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "GROUP_RANK": str(slot.group_rank),
+        "GROUP_WORLD_SIZE": str(len({other.node for other in roster.slots})),
+        "ROLE_RANK": str(slot.rank),
+        "ROLE_WORLD_SIZE": str(len(roster.slots)),
+        "MASTER_ADDR": roster.master_addr,
+        "MASTER_PORT": str(roster.master_port),
+        "TORCHELASTIC_RUN_ID": spec.name,
+        "TORCHELASTIC_RESTART_COUNT": str(roster.generation),
+        "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+        names.ADDRESS: address,
+        names.JOB: spec.name,
+        names.MEMBER: slot.member,
+        names.INCARNATION: incarnation,
+        names.GENERATION: str(roster.generation),
+        names.NODE: slot.node,
+    }
+    if spec.checkpoint_dir:
+        env[names.CHECKPOINT_DIR] = spec.checkpoint_dir
+    return env
+
+
+def threads_per_worker(spec: JobSpec) -> int:
+    """Threads each worker computes with: what the job's environment says, else its share of the cores."""
+    asked = spec.env.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return max(1, (os.cpu_count() or 1) // spec.nproc_per_node)
+
+
+def log_path(spec: JobSpec, slot: Slot) -> Path:
+    """The log file of a rank; a replacement appends to it."""
+    return Path(spec.log_dir) / f"rank_{slot.rank}.log"
+
+
+def log_tail(path: Path) -> list[str]:
+    """The last lines of a log file; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return text.splitlines()[-TAIL_LINES:]

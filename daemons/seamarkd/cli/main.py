@@ -1,0 +1,61 @@
+"""The ``seamark`` command: its sub-commands, and how errors become sentences and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+
+import click
+
+from seamarkd.cli.exit_codes import CONFIGURATION, INTERRUPTED, UNREACHABLE, USAGE
+from seamarkd.cli.operator import UnreachableError
+from seamarkd.cli.run import run
+from seamarkd.cli.why import why
+from seamarkd.coordinator.manifest import ManifestError
+
+EXIT_CODES = """
+\b
+Exit codes:
+  0    the job succeeded           64   the command line is wrong
+  1    the job failed              78   a file or directory can't be used
+  2    nobody answers              130  stopped by Ctrl-C
+  3    ended by RestartAbort       143  stopped by SIGTERM
+"""
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("seamark"), prog_name="seamark")
+def cli() -> None:
+    """Runs distributed PyTorch jobs that survive their faults.
+
+    \b
+    Examples:
+      seamark run --standalone --nproc-per-node 4 train.py --steps 1000
+      seamark why                     what happened to the last job, in ms
+      seamark why train-3f2a --json   the same as data
+    """
+
+
+cli.add_command(run)
+cli.add_command(why)
+
+
+def main() -> None:
+    """Runs the command and exits with its code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(USAGE)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
+    except UnreachableError as error:
+        click.echo(f"seamark: {error}", err=True)
+        sys.exit(UNREACHABLE)
+    except (ManifestError, PermissionError) as error:
+        click.echo(f"seamark: {error}", err=True)
+        sys.exit(CONFIGURATION)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,74 @@
+"""A person's connection to the coordinator: questions and answers, with a deadline."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import zmq
+
+from seamark.protocol.codec import decode, encode
+from seamark.protocol.messages import Message, Refused
+from seamark.protocol.sockets import check_address, make_socket
+
+T = TypeVar("T", bound=Message)
+
+
+class RefusedError(Exception):
+    """The coordinator refused; the sentence is its reason."""
+
+
+class UnreachableError(Exception):
+    """Nobody answers at the coordinator's address."""
+
+
+class Operator:
+    """Asks the coordinator at this address."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket = make_socket(self._context, zmq.DEALER)
+        self._socket.connect(check_address(address))
+        self._requests = itertools.count(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def tell(self, make: Callable[[int], Message]) -> int:
+        """Sends a request without waiting; returns its number."""
+        request = next(self._requests)
+        self._socket.send_multipart(encode(make(request)))
+        return request
+
+    def receive(self, timeout: float) -> Message | None:
+        """The next message, or None after ``timeout`` seconds."""
+        if not self._socket.poll(int(timeout * 1_000)):
+            return None
+        return decode(self._socket.recv_multipart())
+
+    def ask(self, make: Callable[[int], Message], answer: type[T], timeout: float) -> T:
+        """Asks and waits for the answer.
+
+        Raises:
+            RefusedError: the coordinator refused.
+            UnreachableError: no answer within ``timeout`` seconds.
+        """
+        request = self.tell(make)
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            message = self.receive(left)
+            if isinstance(message, Refused) and message.request == request:
+                raise RefusedError(message.reason)
+            if isinstance(message, answer) and getattr(message, "request", None) == request:
+                return message
+        raise UnreachableError(f"no answer from the coordinator at {self._address} within {timeout:g} s")

@@ -1,0 +1,268 @@
+"""``seamark run``: submits a job, follows it, and exits with its result."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from seamark.protocol.messages import FollowJob, JobSpec, JobStatus, StopJob, SubmitJob
+from seamarkd.cli.exit_codes import ABORTED, CONFIGURATION, FAILED, INTERRUPTED, SUCCEEDED, TERMINATED
+from seamarkd.cli.operator import Operator, RefusedError
+from seamarkd.coordinator.jobs import ENDED
+from seamarkd.paths import job_directory
+from seamarkd.standalone import Standalone
+
+FOLLOW_INTERVAL = 3.0
+POLL = 0.25
+SECOND_CTRL_C_WITHIN = 5.0
+ANSWER_TIMEOUT = 10.0
+RESULT_CODES = {"SUCCEEDED": SUCCEEDED, "FAILED": FAILED, "ABORTED": ABORTED, "CANCELLED": INTERRUPTED}
+
+
+class NodeRange(click.ParamType[tuple[int, int]]):
+    """``MIN:MAX`` or one number, as torchrun writes it."""
+
+    name = "MIN:MAX"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Both numbers.
+
+        Raises:
+            click.BadParameter: it is neither.
+        """
+        if isinstance(value, tuple):
+            return value
+        low, _, high = str(value).partition(":")
+        try:
+            pair = int(low), int(high or low)
+        except ValueError:
+            self.fail(f"{value!r} is not a number of nodes: write 2, or 2:4 for two to four", param, ctx)
+        if not 1 <= pair[0] <= pair[1]:
+            self.fail(f"{value!r}: write MIN:MAX with 1 <= MIN <= MAX", param, ctx)
+        return pair
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--standalone", is_flag=True, help="Run the three daemons inside this command, for this job on this host."
+)
+@click.option("--nnodes", type=NodeRange(), default="1", show_default=True, help="Nodes the job needs, or MIN:MAX.")
+@click.option("--nproc-per-node", type=click.IntRange(1, 1_000), default=1, show_default=True, help="Workers per node.")
+@click.option(
+    "--restart-policy",
+    "policy",
+    type=click.Choice(["replace", "any-failed", "min-healthy"]),
+    default="replace",
+    show_default=True,
+    help="replace: only the failed worker is started anew, the others restart in process (needs seamark.Wrapper). "
+    "any-failed: any failure restarts all workers, as torchrun does.",
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0, 1_000_000),
+    default=10,
+    show_default=True,
+    help="Restarts of processes per rolling hour without a new checkpoint.",
+)
+@click.option("--name", help="The job's name; by default the script's with four random digits.")
+@click.option(
+    "--checkpoint-dir", type=click.Path(path_type=Path), help="Given to the script as SEAMARK_CHECKPOINT_DIR."
+)
+@click.option("--log-dir", type=click.Path(path_type=Path), help="Where each rank's log file goes.")
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="A variable for the workers; may be given again.")
+@click.option(
+    "--master-port", type=click.IntRange(1_024, 65_533), help="MASTER_PORT; the job's store listens 2 above it."
+)
+@click.option(
+    "--join-timeout",
+    type=click.FloatRange(min=0.1),
+    default=30.0,
+    show_default=True,
+    help="Seconds the survivors wait for a replacement.",
+)
+@click.option(
+    "--python", default=sys.executable, help="The workers' interpreter; by default the one that runs seamark."
+)
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as in python -m.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(
+    standalone: bool,
+    nnodes: tuple[int, int],
+    nproc_per_node: int,
+    policy: str,
+    max_restarts: int,
+    name: str | None,
+    checkpoint_dir: Path | None,
+    log_dir: Path | None,
+    env: tuple[str, ...],
+    master_port: int | None,
+    join_timeout: float,
+    python: str,
+    module: bool,
+    script: str,
+    arguments: tuple[str, ...],
+) -> int:
+    """Runs SCRIPT on several ranks and keeps it running.
+
+    \b
+    Examples:
+      seamark run --standalone --nproc-per-node 4 train.py --steps 1000
+      seamark run --standalone --nproc-per-node 4 --restart-policy any-failed plain_ddp.py
+      seamark run --standalone --checkpoint-dir /data/run7 -m mypackage.train
+
+    The options of seamark run stand before SCRIPT, those of the script after it. Each rank writes a log file of its
+    own; the command follows the job on one line and exits with its result (seamark --help lists the codes).
+    """
+    if not standalone:
+        raise click.UsageError("only --standalone works yet: add it to run the job on this host")
+    if nnodes[0] > 1:
+        raise click.UsageError(f"--standalone has one node, and --nnodes asks for at least {nnodes[0]}")
+    if not module and not Path(script).is_file():
+        raise click.UsageError(f"{script}: no such script (current directory: {Path.cwd()}); use -m for a module")
+    job = name or f"{Path(script).stem if not module else script.rpartition('.')[2]}-{secrets.token_hex(2)}"
+    if "/" in job or job.startswith("."):
+        raise click.UsageError(f"--name {job}: a name has no slash and does not begin with a dot")
+    home = job_directory(job)
+    spec = JobSpec(
+        name=job,
+        argv=[script if module else str(Path(script).resolve()), *arguments],
+        module=module,
+        python=python,
+        cwd=str(Path.cwd()),
+        env=_environment(env),
+        min_nodes=nnodes[0],
+        max_nodes=nnodes[1],
+        nproc_per_node=nproc_per_node,
+        policy=policy,  # type: ignore[arg-type]
+        max_restarts=max_restarts,
+        checkpoint_dir=str(checkpoint_dir.resolve()) if checkpoint_dir else "",
+        log_dir=str(log_dir.resolve() if log_dir else home / "logs"),
+        master_port=master_port or 0,
+        join_timeout=join_timeout,
+    )
+    with Standalone(home, nproc_per_node) as suite, Operator(suite.coordinator) as operator:
+        return Follower(operator, spec).run()
+
+
+def _environment(assignments: tuple[str, ...]) -> dict[str, str]:
+    env = dict(os.environ)
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"--env {assignment}: write NAME=VALUE")
+        env[name] = value
+    return env
+
+
+class Follower:
+    """Follows one job to its end: a live line on a terminal, a line per change elsewhere."""
+
+    def __init__(self, operator: Operator, spec: JobSpec) -> None:
+        self._operator = operator
+        self._spec = spec
+        self._console = Console(stderr=True)
+        self._interrupts: list[float] = []
+        self._terminated = False
+        self._asked_to_stop = False
+
+    def run(self) -> int:
+        """Submits the job and returns the command's exit code."""
+        previous = {
+            signal.SIGINT: signal.signal(signal.SIGINT, self._on_interrupt),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_terminate),
+            signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        }
+        try:
+            status = self._operator.ask(lambda n: SubmitJob(n, self._spec), JobStatus, ANSWER_TIMEOUT)
+            self._console.print(f"job [bold]{self._spec.name}[/], logs in {self._spec.log_dir}", highlight=False)
+            status = self._follow(status)
+        except RefusedError as error:
+            self._console.print(f"seamark: {error}", highlight=False)
+            return CONFIGURATION
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+        return self._conclude(status)
+
+    def _follow(self, status: JobStatus) -> JobStatus:
+        terminal = self._console.is_terminal
+        with Live(console=self._console, auto_refresh=False, transient=True) if terminal else nullcontext() as live:
+            said = ""
+            ask_at = time.monotonic() + FOLLOW_INTERVAL
+            while status.state not in ENDED:
+                if live is not None:
+                    live.update(line(status), refresh=True)
+                elif (now_said := f"{status.state.lower()}: {status.sentence}") != said:
+                    said = now_said
+                    self._console.print(line(status), highlight=False, soft_wrap=True)
+                message = self._operator.receive(POLL)
+                if isinstance(message, JobStatus):
+                    status = message
+                if time.monotonic() >= ask_at:
+                    ask_at = time.monotonic() + FOLLOW_INTERVAL
+                    self._operator.tell(lambda n: FollowJob(n, self._spec.name))
+                self._stop_if_asked(terminal)
+        return status
+
+    def _stop_if_asked(self, terminal: bool) -> None:
+        if self._asked_to_stop:
+            return
+        if self._terminated:
+            reason = "seamark run was told to end (SIGTERM)"
+        elif len(self._interrupts) >= (2 if terminal else 1):
+            reason = "Ctrl-C"
+        else:
+            return
+        self._asked_to_stop = True
+        self._operator.tell(lambda n: StopJob(n, self._spec.name, reason))
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        self._interrupts = [at for at in self._interrupts if now - at < SECOND_CTRL_C_WITHIN] + [now]
+        if self._console.is_terminal and len(self._interrupts) == 1:
+            self._console.print(f"Ctrl-C again within {SECOND_CTRL_C_WITHIN:g} s stops the job")
+
+    def _on_terminate(self, signum: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+    def _conclude(self, status: JobStatus) -> int:
+        good = status.state == "SUCCEEDED"
+        colour = "green" if good else "red"
+        restarts = f"{status.process_restarts} process restarts, {status.restarts} restarts in all"
+        self._console.print(
+            f"job {status.job} [{colour}]{status.state.lower()}[/]: {status.result} "
+            f"({status.running_for:.1f} s, {restarts})",
+            highlight=False,
+        )
+        if status.log_tail and not good:
+            self._console.print("last lines of that rank's log:", highlight=False)
+            for text in status.log_tail:
+                self._console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+        if status.incidents:
+            self._console.print(f"what each restart cost: seamark why {status.job}", highlight=False)
+        return TERMINATED if self._terminated else RESULT_CODES[status.state]
+
+
+def line(status: JobStatus) -> Text:
+    """A job's state on one line."""
+    parts = [
+        f"{status.alive}/{status.world_size} ranks",
+        f"iteration {max(status.iteration, 0)}",
+        f"{status.restarts} restarts",
+        f"step {status.step}",
+        f"{status.running_for:.0f} s",
+        status.sentence,
+    ]
+    return Text.assemble((f"{status.job}  ", "bold"), " · ".join(parts))

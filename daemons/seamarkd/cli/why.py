@@ -1,0 +1,178 @@
+"""``seamark why JOB``: the incident records of a job, as a timeline a person reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from seamark.protocol.messages import Failure, FollowJob, Incident, Incidents, IncidentsRequest, JobStatus
+from seamarkd.cli.exit_codes import FAILED
+from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.cli.timeline import Segment, segments, total
+from seamarkd.coordinator.jobs import first_line
+from seamarkd.coordinator.manifest import read
+from seamarkd.paths import state_directory
+from seamarkd.standalone import ADDRESS_FILE
+
+BAR_WIDTH = 40
+ASK_TIMEOUT = 2.0
+
+
+@click.command()
+@click.argument("job", required=False)
+@click.option(
+    "--incident", "number", type=click.IntRange(min=1), help="Only this incident, with every rank's own times."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
+def why(job: str | None, number: int | None, as_json: bool) -> int:
+    """Shows what happened to JOB: who failed, and what each phase of the restart cost, in ms.
+
+    JOB defaults to the standalone job that was started last; it may still be running.
+
+    \b
+    Examples:
+      seamark why
+      seamark why train_bytes-3f2a --incident 2
+    """
+    home = state_directory() / "standalone"
+    directory = home / job if job else _latest(home)
+    if directory is None or not (directory / "manifest.db").exists():
+        known = ", ".join(sorted(path.name for path in home.glob("*") if path.is_dir())) or "none"
+        raise click.UsageError(f"there is no job {job or ''} in {home}; jobs there: {known}")
+    try:
+        summary, incidents = _ask(directory) or _read(directory)
+    except RefusedError as error:
+        click.echo(f"seamark: {error}", err=True)
+        return FAILED
+    if number is not None:
+        incidents = [incident for incident in incidents if incident.number == number]
+        if not incidents:
+            raise click.UsageError(f"job {directory.name} has no incident {number}")
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(incidents)))
+        return 0
+    show(Console(), directory.name, summary, incidents, every_rank=number is not None)
+    return 0
+
+
+def _ask(directory: Path) -> tuple[str, list[Incident]] | None:
+    """From the coordinator of a job that runs; None if none does."""
+    address = directory / ADDRESS_FILE
+    if not address.exists():
+        return None
+    try:
+        with Operator(address.read_text()) as operator:
+            status = operator.ask(lambda n: FollowJob(n, directory.name), JobStatus, ASK_TIMEOUT)
+            answer = operator.ask(lambda n: IncidentsRequest(n, directory.name), Incidents, ASK_TIMEOUT)
+    except UnreachableError:
+        return None
+    return f"{status.state.lower()}: {status.sentence}", answer.incidents
+
+
+def _read(directory: Path) -> tuple[str, list[Incident]]:
+    """From the manifest of a job that has ended."""
+    record, incidents = read(directory / "manifest.db", directory.name)
+    if record is None:
+        raise RefusedError(f"{directory.name} ended before it was accepted")
+    return (f"{record.state.lower()}: {record.result}" if record.result else record.state.lower()), incidents
+
+
+def show(console: Console, job: str, summary: str, incidents: list[Incident], *, every_rank: bool) -> None:
+    """Prints the incidents of a job."""
+    times = "once" if len(incidents) == 1 else f"{len(incidents)} times"
+    console.print(f"[bold]{job}[/] {summary}; interrupted {times if incidents else 'never'}", highlight=False)
+    for incident in incidents:
+        _show_incident(console, incident, every_rank=every_rank)
+
+
+def headline(incident: Incident) -> str:
+    """Who failed and why, in one line."""
+    culprit = incident.failures[0]
+    return f"{who(culprit)} {culprit.kind}: {first_line(culprit.cause.text)}"
+
+
+def who(failure: Failure) -> str:
+    """A failure's subject, for people."""
+    return "the TCPStore service" if failure.rank < 0 else f"rank {failure.rank} on {failure.node}"
+
+
+def _show_incident(console: Console, incident: Incident, *, every_rank: bool) -> None:
+    rows = segments(incident)
+    whole = total(rows)
+    console.print()
+    console.print(f"[bold]#{incident.number}[/] {headline(incident)}", highlight=False)
+    culprit = incident.failures[0]
+    for other in incident.failures[1:]:
+        console.print(f"   also {who(other)} {other.kind}: {first_line(other.cause.text)}", highlight=False)
+    if incident.consequences:
+        ranks = ", ".join(str(failure.rank) for failure in incident.consequences)
+        console.print(f"   consequences: an error on rank {ranks}", highlight=False)
+    if incident.next_iteration < 0:
+        console.print("   ended by a restart of all workers, or by the job's end", highlight=False)
+        return
+    console.print(
+        f"   seen by {culprit.detector}; iteration {incident.iteration} → {incident.next_iteration}, "
+        f"{len(incident.members)} ranks, [bold]{whole * 1e3:.1f} ms[/] in all",
+        highlight=False,
+    )
+    console.print(_picture(rows, whole, culprit.occurred_at >= 0))
+    if every_rank:
+        console.print(_ranks(incident))
+
+
+def _picture(rows: list[Segment], whole: float, fault_seen: bool) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 2))
+    table.add_column("phase")
+    table.add_column("ms", justify="right")
+    table.add_column("at", justify="right")
+    table.add_column("")
+    table.add_column("last", justify="right")
+    table.add_column("")
+    for row in rows:
+        if row.end is None:
+            note = (
+                "not observed"
+                if row.name != "detected" or fault_seen
+                else "not observed (the kernel tells no time of death)"
+            )
+            table.add_row(row.name, "", "", Text(note, style="dim"), "", "")
+            continue
+        left = round(BAR_WIDTH * row.begin / whole) if whole else 0
+        right = round(BAR_WIDTH * row.end / whole) if whole else 0
+        bar = " " * min(left, BAR_WIDTH - 1) + "█" * max(1, right - left)
+        table.add_row(
+            row.name,
+            f"{(row.end - row.begin) * 1e3:.1f}",
+            f"{row.end * 1e3:.1f}",
+            Text(bar.ljust(BAR_WIDTH + 1), style="cyan"),
+            "" if row.rank is None else f"rank {row.rank}",
+            Text(row.meaning, style="dim"),
+        )
+    return table
+
+
+def _ranks(incident: Incident) -> Table:
+    culprit = incident.failures[0]
+    start = culprit.occurred_at if culprit.occurred_at >= 0 else culprit.detected_at
+    table = Table(box=None, padding=(0, 1, 0, 2), title="every rank, in ms", title_justify="left")
+    for name in ("rank", "forked", "told", "aborted", "left", "joined", "answered", "group", "step"):
+        table.add_column(name, justify="right")
+    for rank, member in enumerate(incident.members):
+        stamps = incident.stamps.get(member.member)
+        forked = incident.started.get(member.member, -1.0)
+        times = [forked]
+        if stamps is not None:
+            times += [stamps.told, stamps.aborted, stamps.left, stamps.joined]
+            times += [stamps.answered, stamps.group_ready, stamps.first_step]
+        table.add_row(str(rank), *("-" if time < 0 else f"{(time - start) * 1e3:.1f}" for time in times))
+    return table
+
+
+def _latest(home: Path) -> Path | None:
+    manifests = sorted(home.glob("*/manifest.db"), key=lambda path: path.stat().st_mtime)
+    return manifests[-1].parent if manifests else None

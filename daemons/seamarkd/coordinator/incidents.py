@@ -1,0 +1,137 @@
+"""The incident record: one entry per fault, put together from what each process saw of it (D5, FIELD-NOTES 12).
+
+Lighthouse events say what failed and when the quorum was answered, exit facts say how a process ended, timelines
+say when each worker was told, had aborted, was in again. Pure; every time is copied from the process that saw it.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from seamark.protocol.messages import (
+    Failure,
+    FailureEvent,
+    Incident,
+    QuorumEvent,
+    Timeline,
+    WorkerExited,
+    WorkerStarted,
+)
+from seamarkd.exits import exit_cause
+
+KEPT = 1_000
+"""Incidents kept per job; older ones are dropped from memory, their number stays."""
+
+
+class IncidentLog:
+    """The incidents of one job, oldest first."""
+
+    def __init__(self, incidents: list[Incident] | None = None) -> None:
+        self.incidents = incidents or []
+        self._open = False
+        self._exits: dict[str, WorkerExited] = {}
+        self._changed: set[int] = set()
+
+    def take_changed(self) -> tuple[Incident, ...]:
+        """The incidents that changed since this was asked last: those to be made durable."""
+        changed = tuple(incident for incident in self.incidents if incident.number in self._changed)
+        self._changed.clear()
+        return changed
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return self.incidents[-1].number if self.incidents else 0
+
+    def failed(self, event: FailureEvent) -> None:
+        """A failure was published: it opens an incident or belongs to the open one."""
+        failure = self._with_exit(event.failure)
+        if self._open:
+            incident = self.incidents[-1]
+            failures = sorted([*incident.failures, failure], key=_precedence)
+            self._change(-1, replace(incident, failures=failures))
+            return
+        self._open = True
+        self._changed.add(self.count + 1)
+        exited = self._exits.get(failure.incarnation)
+        self.incidents.append(
+            Incident(
+                number=self.count + 1,
+                group=event.group,
+                iteration=failure.iteration,
+                failures=[failure],
+                consequences=[],
+                next_iteration=-1,
+                quorum_at=-1.0,
+                members=[],
+                stamps={},
+                started={},
+                log_tail=exited.log_tail if exited else [],
+            )
+        )
+        del self.incidents[:-KEPT]
+
+    def answered(self, event: QuorumEvent) -> bool:
+        """A quorum ends the open incident; True if there was one."""
+        if not self._open:
+            return False
+        self._open = False
+        ended = replace(
+            self.incidents[-1],
+            consequences=event.consequences,
+            next_iteration=event.iteration,
+            quorum_at=event.answered_at,
+            members=event.members,
+        )
+        self._change(-1, ended)
+        return True
+
+    def restarted(self) -> None:
+        """All workers are started anew: that ends the open incident where nobody asks for a quorum."""
+        self._open = False
+
+    def exited(self, report: WorkerExited) -> None:
+        """How a process ended: the cause of its loss, which was published before this was known."""
+        self._exits[report.incarnation] = report
+        while len(self._exits) > KEPT:
+            del self._exits[next(iter(self._exits))]
+        for position in range(len(self.incidents) - 1, max(-1, len(self.incidents) - 9), -1):
+            incident = self.incidents[position]
+            if any(failure.incarnation == report.incarnation for failure in incident.failures):
+                failures = sorted(map(self._with_exit, incident.failures), key=_precedence)
+                culprit = failures[0].incarnation == report.incarnation
+                tail = report.log_tail if culprit else incident.log_tail
+                self._change(position, replace(incident, failures=failures, log_tail=tail))
+
+    def started(self, report: WorkerStarted) -> None:
+        """A replacement was forked."""
+        if report.replaces and self.incidents:
+            incident = self.incidents[-1]
+            started = {**incident.started, report.member: report.forked_at}
+            self._change(-1, replace(incident, started=started))
+
+    def timeline(self, report: Timeline) -> bool:
+        """What a worker saw; True if it belongs to a known incident."""
+        for position in range(len(self.incidents) - 1, -1, -1):
+            incident = self.incidents[position]
+            if incident.next_iteration == report.iteration:
+                stamps = {**incident.stamps, report.member: report.stamps}
+                self._change(position, replace(incident, stamps=stamps))
+                return True
+        return False
+
+    def _change(self, position: int, incident: Incident) -> None:
+        self.incidents[position] = incident
+        self._changed.add(incident.number)
+
+    def _with_exit(self, failure: Failure) -> Failure:
+        report = self._exits.get(failure.incarnation)
+        if report is None or failure.kind != "lost":
+            return failure
+        return replace(failure, cause=exit_cause(report.status))
+
+
+def _precedence(failure: Failure) -> tuple[int, float]:
+    """The root cause first: the earliest loss, else the earliest fault of its own, else the earliest (D5)."""
+    rank = 0 if failure.kind == "lost" else 2 if failure.cause.communication else 1
+    return rank, failure.detected_at

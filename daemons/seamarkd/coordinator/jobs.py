@@ -1,0 +1,567 @@
+"""The coordinator as a state machine: who should be in each job, and how each job ends.
+
+It owns rosters, generations and restart budgets. The restart of a single worker is the agent's (out of an
+allowance); a restart of all workers, and the end of the job, are decided here. Pure: (message, now) in, effects
+out; ``Persist`` stands before the sends that announce what it makes durable, and the shell keeps that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from msgspec import Struct
+
+from seamark.protocol.messages import (
+    AbortJob,
+    Acknowledged,
+    CompletedEvent,
+    FailureEvent,
+    FollowJob,
+    Incident,
+    Incidents,
+    IncidentsRequest,
+    JobProgress,
+    JobSpec,
+    JobStatus,
+    Message,
+    NodeHello,
+    PrepareStore,
+    QuorumEvent,
+    Refused,
+    Roster,
+    Slot,
+    StopJob,
+    StopWorkers,
+    StoreAddress,
+    StoreFailed,
+    StoreReady,
+    SubmitJob,
+    Timeline,
+    Welcome,
+    WorkerExited,
+    WorkerRegistered,
+    WorkersStopped,
+    WorkerStarted,
+)
+from seamarkd.coordinator.budget import RestartBudget
+from seamarkd.coordinator.incidents import IncidentLog
+from seamarkd.coordinator.placement import place, refusal
+from seamarkd.effects import Send
+from seamarkd.exits import ABORT_EXIT_CODE, exit_cause
+
+State = Literal["PENDING", "STARTING", "RUNNING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"]
+ENDED: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"})
+STOP_GRACE = 10.0
+"""Seconds between SIGTERM and SIGKILL when all workers are stopped."""
+FOLLOW_FOR = 10.0
+"""Seconds a follower is told of changes without asking again."""
+
+
+class JobRecord(Struct, frozen=True):
+    """What is durable of a job."""
+
+    spec: JobSpec
+    state: State
+    generation: int
+    iteration: int
+    restarts: int
+    process_restarts: int
+    result: str
+    slots: list[Slot]
+    store: StoreAddress
+    master_addr: str
+    master_port: int
+    log_tail: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ToLighthouse:
+    """Send to the lighthouse."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Make this durable before any later effect happens."""
+
+    record: JobRecord
+    incidents: tuple[Incident, ...]
+    fresh: bool = False
+    """Nothing of an earlier job of this name remains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """The job's status changed: tell its followers, soon and not for every change alone."""
+
+    job: str
+
+
+Effect: TypeAlias = Send | ToLighthouse | Persist | Tell
+
+
+@dataclass(slots=True)
+class Node:
+    """An agent as the coordinator knows it."""
+
+    route: bytes
+    slots: int
+
+
+@dataclass(slots=True)
+class Process:
+    """A worker process, as reported."""
+
+    incarnation: str
+    pid: int
+    alive: bool
+
+
+@dataclass(slots=True)
+class Job:
+    """A job in memory."""
+
+    spec: JobSpec
+    budget: RestartBudget
+    submitted_at: float
+    state: State = "PENDING"
+    outcome: State = "FAILED"
+    generation: int = -1
+    iteration: int = -1
+    restarts: int = 0
+    process_restarts: int = 0
+    result: str = ""
+    sentence: str = "waits for nodes"
+    slots: list[Slot] = field(default_factory=list)
+    store: StoreAddress = field(default_factory=StoreAddress)
+    master_addr: str = ""
+    master_port: int = 0
+    request: int = 0
+    roster_request: int = 0
+    processes: dict[str, Process] = field(default_factory=dict)
+    finished: set[str] = field(default_factory=set)
+    stopping: set[str] = field(default_factory=set)
+    step: dict[str, int] = field(default_factory=dict)
+    checkpoint: int = 0
+    wrapped: bool = False
+    log_tail: list[str] = field(default_factory=list)
+    incidents: IncidentLog = field(default_factory=IncidentLog)
+    followers: dict[bytes, float] = field(default_factory=dict)
+    ended_at: float = -1.0
+
+
+class Coordinator:
+    """All jobs and nodes."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.nodes: dict[str, Node] = {}
+        self.jobs: dict[str, Job] = {}
+        self._request = 0
+        self._handlers: dict[type[Message], Callable[[float, bytes, Any], list[Effect]]] = {
+            NodeHello: self._hello,
+            SubmitJob: self._submit,
+            FollowJob: self._follow,
+            StopJob: self._stop_job,
+            IncidentsRequest: self._incidents,
+            StoreReady: self._store_ready,
+            StoreFailed: self._store_failed,
+            WorkerStarted: self._worker_started,
+            WorkerExited: self._worker_exited,
+            WorkerRegistered: self._worker_registered,
+            WorkersStopped: self._workers_stopped,
+            JobProgress: self._progress,
+            Timeline: self._timeline,
+            AbortJob: self._abort,
+            Acknowledged: lambda now, route, message: [],
+        }
+
+    def handle(self, now: float, route: bytes, message: Message) -> list[Effect]:
+        """What follows from a message of an agent or an operator."""
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            sentence = f"{type(message).__name__} is not for a coordinator"
+            return [Send(route, Refused(getattr(message, "request", 0), "BAD_REQUEST", sentence))]
+        return handler(now, route, message)
+
+    # --- nodes ---------------------------------------------------------------------------------------------
+
+    def _hello(self, now: float, route: bytes, hello: NodeHello) -> list[Effect]:
+        self.nodes[hello.node] = Node(route, hello.slots)
+        effects: list[Effect] = [Send(route, Welcome(self.epoch))]
+        for job in self.jobs.values():
+            if job.state == "PENDING":
+                effects += self._place(job)
+        return effects
+
+    def _place(self, job: Job) -> list[Effect]:
+        taken: dict[str, int] = {}
+        for other in self.jobs.values():
+            if other.state not in ENDED and other is not job:
+                for slot in other.slots:
+                    taken[slot.node] = taken.get(slot.node, 0) + 1
+        free = {name: node.slots - taken.get(name, 0) for name, node in self.nodes.items()}
+        slots = place(job.spec, free)
+        if slots is None:
+            job.sentence = (
+                f"waits for {job.spec.min_nodes} nodes with {job.spec.nproc_per_node} free slots each; "
+                f"free now: {', '.join(f'{node} {count}' for node, count in free.items()) or 'no node'}"
+            )
+            return []
+        job.slots = slots
+        job.state = "STARTING"
+        job.sentence = "starts the store and the keeper (imports torch)"
+        self._request += 1
+        job.request = self._request
+        order = PrepareStore(job.request, max(job.generation, 0), job.spec)
+        return [_persist(job), *self._to_node(slots[0].node, order), *self._tell(job)]
+
+    # --- operators -----------------------------------------------------------------------------------------
+
+    def _submit(self, now: float, route: bytes, request: SubmitJob) -> list[Effect]:
+        spec = request.spec
+        known = self.jobs.get(spec.name)
+        if known is not None and known.state not in ENDED:
+            if known.spec == spec:
+                return [Send(route, status(known, now, request.request))]
+            sentence = f"a job named {spec.name} is running: give this one another name with --name"
+            return [Send(route, Refused(request.request, "NAME_TAKEN", sentence))]
+        why_not = refusal(spec)
+        if why_not:
+            return [Send(route, Refused(request.request, "BAD_REQUEST", why_not))]
+        job = self.jobs[spec.name] = Job(spec, RestartBudget(spec.max_restarts), now)
+        job.followers[route] = now + FOLLOW_FOR
+        durable: list[Effect] = [Persist(record(job), (), fresh=True)]
+        return [*durable, Send(route, status(job, now, request.request)), *self._place(job)]
+
+    def _follow(self, now: float, route: bytes, request: FollowJob) -> list[Effect]:
+        job = self.jobs.get(request.job)
+        if job is None:
+            return [Send(route, _unknown(request.request, request.job))]
+        job.followers[route] = now + FOLLOW_FOR
+        return [Send(route, status(job, now, request.request))]
+
+    def _incidents(self, now: float, route: bytes, request: IncidentsRequest) -> list[Effect]:
+        job = self.jobs.get(request.job)
+        if job is None:
+            return [Send(route, _unknown(request.request, request.job))]
+        return [Send(route, Incidents(request.request, request.job, job.incidents.incidents))]
+
+    def _stop_job(self, now: float, route: bytes, request: StopJob) -> list[Effect]:
+        job = self.jobs.get(request.job)
+        if job is None:
+            return [Send(route, _unknown(request.request, request.job))]
+        effects = [] if job.state in ENDED else self._end(now, job, "CANCELLED", f"stopped: {request.reason}")
+        return [*effects, Send(route, status(job, now, request.request))]
+
+    # --- the start of a generation -------------------------------------------------------------------------
+
+    def _store_ready(self, now: float, route: bytes, report: StoreReady) -> list[Effect]:
+        job = self.jobs.get(report.job)
+        if job is None or job.state != "STARTING" or report.request != job.request:
+            return []
+        job.store = report.store
+        job.master_addr = report.master_addr
+        job.master_port = report.master_port
+        return self._new_generation(now, job)
+
+    def _store_failed(self, now: float, route: bytes, report: StoreFailed) -> list[Effect]:
+        job = self.jobs.get(report.job)
+        if job is None or job.state in ENDED:
+            return []
+        return self._end(now, job, "FAILED", report.reason)
+
+    def _new_generation(self, now: float, job: Job) -> list[Effect]:
+        job.generation += 1
+        job.processes.clear()
+        job.finished.clear()
+        job.step.clear()
+        job.wrapped = False
+        job.sentence = "starts the workers"
+        roster = self._roster(now, job)
+        # The lighthouse first: agents' reports of this generation are refused by one that doesn't know it yet.
+        return [_persist(job), ToLighthouse(roster), *self._tell(job)]
+
+    def _roster(self, now: float, job: Job) -> Roster:
+        self._request += 1
+        job.roster_request = self._request
+        return Roster(
+            request=self._request,
+            job=job.spec.name,
+            generation=job.generation,
+            policy=job.spec.policy,
+            min_members=job.spec.min_nodes * job.spec.nproc_per_node,
+            slots=job.slots,
+            store=job.store,
+            master_addr=job.master_addr,
+            master_port=job.master_port,
+            base_iteration=job.iteration,
+            join_timeout=job.spec.join_timeout,
+            start_timeout=job.spec.start_timeout,
+            allowance=job.budget.remaining(now),
+            spec=job.spec,
+        )
+
+    def from_lighthouse(self, now: float, message: Message) -> list[Effect]:
+        """What follows from an answer or an event of the lighthouse."""
+        match message:
+            case Acknowledged():
+                return self._roster_taken(now, message)
+            case FailureEvent():
+                return self._failure(message)
+            case QuorumEvent():
+                return self._quorum(message)
+            case CompletedEvent():
+                job = self.jobs.get(message.job)
+                if job is not None:
+                    job.sentence = "all ranks completed"
+            case _:
+                pass
+        return []
+
+    def _roster_taken(self, now: float, answer: Acknowledged) -> list[Effect]:
+        effects: list[Effect] = []
+        for job in self.jobs.values():
+            if job.roster_request == answer.request and job.state in ("STARTING", "RUNNING"):
+                roster = self._roster(now, job)
+                job.roster_request = 0
+                for node in dict.fromkeys(slot.node for slot in job.slots):
+                    effects += self._to_node(node, roster)
+        return effects
+
+    # --- the life of a generation --------------------------------------------------------------------------
+
+    def _worker_started(self, now: float, route: bytes, report: WorkerStarted) -> list[Effect]:
+        effects: list[Effect] = [Send(route, Acknowledged(report.request))]
+        job = self.jobs.get(report.job)
+        if job is None or report.generation != job.generation or job.state not in ("STARTING", "RUNNING"):
+            return effects
+        known = job.processes.get(report.member)
+        if known is not None and known.incarnation == report.incarnation:
+            return effects
+        job.processes[report.member] = Process(report.incarnation, report.pid, alive=True)
+        job.incidents.started(report)
+        if job.state == "STARTING" and len(job.processes) == len(job.slots):
+            job.state = "RUNNING"
+            job.sentence = "runs"
+            effects += [_persist(job)]
+        return [*effects, *self._tell(job)]
+
+    def _worker_registered(self, now: float, route: bytes, report: WorkerRegistered) -> list[Effect]:
+        job = self.jobs.get(report.job)
+        if job is None or job.state in ENDED:
+            return []
+        job.wrapped = True
+        if job.spec.policy == "any-failed" and job.state != "STOPPING":
+            return self._end(
+                now,
+                job,
+                "FAILED",
+                "--restart-policy any-failed restarts every process at any failure, which leaves nothing to "
+                "seamark.Wrapper's restart in process: use --restart-policy replace or min-healthy, or remove it",
+            )
+        return []
+
+    def _worker_exited(self, now: float, route: bytes, report: WorkerExited) -> list[Effect]:
+        effects: list[Effect] = [Send(route, Acknowledged(report.request))]
+        job = self.jobs.get(report.job)
+        if job is None or report.generation != job.generation or job.state in ENDED:
+            return effects
+        process = job.processes.get(report.member)
+        if process is not None and process.incarnation == report.incarnation:
+            if not process.alive:
+                return effects
+            process.alive = False
+        job.incidents.exited(report)
+        if job.state == "STOPPING" or report.ordered or job.stopping:
+            return effects
+        return [*effects, *self._decide(now, job, report), *self._tell(job)]
+
+    def _decide(self, now: float, job: Job, report: WorkerExited) -> list[Effect]:
+        rank = report.member.rpartition("/")[2]
+        if report.status == 0 and report.completed:
+            job.finished.add(report.member)
+            if len(job.finished) == len(job.slots):
+                return self._end(now, job, "SUCCEEDED", f"all {len(job.slots)} ranks completed")
+            return []
+        how = exit_cause(report.status).text if report.status else "exited with code 0 before it had completed"
+        job.log_tail = report.log_tail
+        if report.status == ABORT_EXIT_CODE:
+            return self._end(now, job, "ABORTED", f"rank {rank} {how}: the job was aborted (RestartAbort)")
+        if report.replacement:
+            job.budget.spend(now)
+            job.process_restarts += report.charged
+            job.sentence = f"rank {rank} {how}; a replacement joins"
+            return [_persist(job)]
+        if job.budget.spend(now):
+            job.process_restarts += 1
+            job.sentence = f"rank {rank} {how}; all workers are restarted"
+            return self._stop_workers(now, job, final=False)
+        tried = (
+            f"the {job.spec.max_restarts} restarts of --max-restarts are used up"
+            if job.spec.max_restarts
+            else "--max-restarts 0 allows no restart"
+        )
+        return self._end(now, job, "FAILED", f"rank {rank} {how}, and {tried}")
+
+    def _abort(self, now: float, route: bytes, report: AbortJob) -> list[Effect]:
+        job = self.jobs.get(report.job)
+        if job is None or job.state in ENDED or job.state == "STOPPING":
+            return []
+        rank = report.member.rpartition("/")[2]
+        return self._end(now, job, "ABORTED", f"rank {rank} asked for the end of the job: {report.reason}")
+
+    def _progress(self, now: float, route: bytes, report: JobProgress) -> list[Effect]:
+        job = self.jobs.get(report.job)
+        if job is None or job.state in ENDED:
+            return []
+        job.step.update(report.step)
+        checkpoint = max(report.checkpoint.values(), default=0)
+        effects: list[Effect] = []
+        if checkpoint > job.checkpoint:
+            job.checkpoint = checkpoint
+            if job.budget.renew() and job.state == "RUNNING":
+                roster = self._roster(now, job)
+                job.roster_request = 0
+                for node in dict.fromkeys(slot.node for slot in job.slots):
+                    effects += self._to_node(node, roster)
+        return [*effects, *self._tell(job)]
+
+    # --- incidents -----------------------------------------------------------------------------------------
+
+    def _failure(self, event: FailureEvent) -> list[Effect]:
+        job = self.jobs.get(event.job)
+        if job is None:
+            return []
+        job.incidents.failed(event)
+        who = "the store" if event.failure.rank < 0 else f"rank {event.failure.rank}"
+        job.sentence = f"restarts: {who} {event.failure.kind} ({first_line(event.failure.cause.text)})"
+        return self._tell(job)
+
+    def _quorum(self, event: QuorumEvent) -> list[Effect]:
+        job = self.jobs.get(event.job)
+        if job is None or event.generation != job.generation:
+            return []
+        job.incidents.answered(event)
+        job.iteration = event.iteration
+        job.restarts = event.restarts
+        job.sentence = "runs"
+        return [_persist(job), *self._tell(job)]
+
+    def _timeline(self, now: float, route: bytes, report: Timeline) -> list[Effect]:
+        job = self.jobs.get(report.job)
+        if job is None or not job.incidents.timeline(report):
+            return []
+        return [_persist(job)]
+
+    # --- stopping ------------------------------------------------------------------------------------------
+
+    def _end(self, now: float, job: Job, outcome: State, result: str) -> list[Effect]:
+        job.outcome = outcome
+        job.result = result
+        job.state = "STOPPING"
+        job.sentence = "stops the workers"
+        job.ended_at = now
+        return self._stop_workers(now, job, final=True)
+
+    def _stop_workers(self, now: float, job: Job, *, final: bool) -> list[Effect]:
+        self._request += 1
+        job.request = self._request
+        order = StopWorkers(job.request, job.spec.name, max(job.generation, 0), STOP_GRACE, final)
+        nodes = dict.fromkeys(slot.node for slot in job.slots)
+        job.stopping = {node for node in nodes if node in self.nodes}
+        effects: list[Effect] = [_persist(job)]
+        for node in nodes:
+            effects += self._to_node(node, order)
+        if not job.stopping:
+            effects += self._all_stopped(now, job)
+        return [*effects, *self._tell(job)]
+
+    def _workers_stopped(self, now: float, route: bytes, report: WorkersStopped) -> list[Effect]:
+        job = self.jobs.get(report.job)
+        if job is None or report.request != job.request:
+            return []
+        job.stopping -= {name for name, node in self.nodes.items() if node.route == route}
+        return [] if job.stopping else self._all_stopped(now, job)
+
+    def _all_stopped(self, now: float, job: Job) -> list[Effect]:
+        if job.state == "STOPPING":
+            job.state = job.outcome
+            job.sentence = job.result
+            return [_persist(job), *self._tell(job)]
+        job.state = "STARTING"
+        job.incidents.restarted()
+        return self._new_generation(now, job)
+
+    # --- telling -------------------------------------------------------------------------------------------
+
+    def _to_node(self, node: str, message: Message) -> list[Effect]:
+        known = self.nodes.get(node)
+        return [Send(known.route, message)] if known else []
+
+    def _tell(self, job: Job) -> list[Effect]:
+        return [Tell(job.spec.name)] if job.followers else []
+
+    def tick(self, now: float) -> list[Effect]:
+        """Followers that stopped asking are forgotten."""
+        for job in self.jobs.values():
+            job.followers = {route: until for route, until in job.followers.items() if until > now}
+        return []
+
+
+def status(job: Job, now: float, request: int = 0) -> JobStatus:
+    """Where a job stands, for people."""
+    alive = [process for process in job.processes.values() if process.alive]
+    until = job.ended_at if job.ended_at >= 0 else now
+    return JobStatus(
+        request=request,
+        job=job.spec.name,
+        state=job.state,
+        generation=max(job.generation, 0),
+        iteration=job.iteration,
+        alive=len(alive),
+        world_size=len(job.slots),
+        restarts=job.restarts,
+        process_restarts=job.process_restarts,
+        step=max(job.step.values(), default=0),
+        pids={member: process.pid for member, process in job.processes.items() if process.alive},
+        sentence=job.sentence,
+        result=job.result if job.state in ENDED else "",
+        log_tail=job.log_tail if job.state in ENDED else [],
+        incidents=job.incidents.count,
+        running_for=max(0.0, until - job.submitted_at),
+    )
+
+
+def record(job: Job) -> JobRecord:
+    """What is durable of a job."""
+    return JobRecord(
+        spec=job.spec,
+        state=job.state,
+        generation=job.generation,
+        iteration=job.iteration,
+        restarts=job.restarts,
+        process_restarts=job.process_restarts,
+        result=job.result,
+        slots=list(job.slots),
+        store=job.store,
+        master_addr=job.master_addr,
+        master_port=job.master_port,
+        log_tail=job.log_tail,
+    )
+
+
+def _persist(job: Job) -> Persist:
+    return Persist(record(job), job.incidents.take_changed())
+
+
+def first_line(text: str) -> str:
+    """The first line of a text, for a sentence."""
+    return text.strip().split("\n", 1)[0]
+
+
+def _unknown(request: int, job: str) -> Refused:
+    return Refused(request, "UNKNOWN_JOB", f"there is no job named {job}", job)

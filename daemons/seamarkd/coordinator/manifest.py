@@ -1,0 +1,137 @@
+"""The durable state of the coordinator: one SQLite database behind a narrow interface.
+
+WAL with synchronous=FULL and exactly one connection that holds the lock for good (FIELD-NOTES 10). A batch of
+records is one transaction: what ``commit`` returned from survives kill -9 and a power cut. Knows records, not rules.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from seamark.protocol.messages import Incident
+from seamarkd.coordinator.jobs import JobRecord, Persist
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (name TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS incidents (
+    job TEXT NOT NULL, number INTEGER NOT NULL, record BLOB NOT NULL, PRIMARY KEY (job, number)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+class ManifestError(Exception):
+    """The database can't be used; the sentence names the file and what to do."""
+
+
+class Manifest:
+    """The open database.
+
+    Args:
+        path: the database file; its directory must exist.
+
+    Raises:
+        ManifestError: the file is no database, is damaged, of another version, or locked by another daemon.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # The shell commits from one worker thread at a time, never from two at once.
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._open()
+        except sqlite3.OperationalError as error:
+            raise ManifestError(f"{path}: {error}: is another coordinator using it?") from error
+        except sqlite3.DatabaseError as error:
+            raise ManifestError(
+                f"{path} is not a usable database ({error}): move it away to start with an empty one"
+            ) from error
+
+    def _open(self) -> None:
+        run = self._connection.execute
+        run("PRAGMA locking_mode = EXCLUSIVE")
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
+        (verdict,) = run("PRAGMA quick_check").fetchone()
+        if verdict != "ok":
+            raise ManifestError(f"{self.path} is damaged: {verdict}")
+        (version,) = run("PRAGMA user_version").fetchone()
+        if version not in (0, SCHEMA_VERSION):
+            raise ManifestError(
+                f"{self.path} has schema version {version}, this Seamark writes {SCHEMA_VERSION}: "
+                "start the Seamark that wrote it"
+            )
+        self._connection.executescript(_SCHEMA)
+        run(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def commit(self, batch: Iterable[Persist]) -> None:
+        """Makes these records durable in one transaction.
+
+        Raises:
+            ManifestError: nothing of the batch was written.
+        """
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                for item in batch:
+                    name = item.record.spec.name
+                    if item.fresh:
+                        self._connection.execute("DELETE FROM incidents WHERE job = ?", (name,))
+                    self._connection.execute(
+                        "INSERT OR REPLACE INTO jobs VALUES (?, ?)", (name, msgspec.json.encode(item.record))
+                    )
+                    self._connection.executemany(
+                        "INSERT OR REPLACE INTO incidents VALUES (?, ?, ?)",
+                        [(name, one.number, msgspec.json.encode(one)) for one in item.incidents],
+                    )
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise ManifestError(f"{self.path}: {error}") from error
+
+    def jobs(self) -> list[JobRecord]:
+        """All job records."""
+        rows = self._connection.execute("SELECT record FROM jobs ORDER BY name").fetchall()
+        return [msgspec.json.decode(record, type=JobRecord) for (record,) in rows]
+
+    def incidents(self, job: str) -> list[Incident]:
+        """The incidents of a job, oldest first."""
+        rows = self._connection.execute("SELECT record FROM incidents WHERE job = ? ORDER BY number", (job,))
+        return [msgspec.json.decode(record, type=Incident) for (record,) in rows.fetchall()]
+
+    def close(self) -> None:
+        """Closes the database and gives up its lock."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read(path: Path, job: str) -> tuple[JobRecord | None, list[Incident]]:
+    """What a database that no daemon holds says of a job.
+
+    Raises:
+        ManifestError: the file is no database, or a daemon holds it.
+    """
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            row = connection.execute("SELECT record FROM jobs WHERE name = ?", (job,)).fetchone()
+            rows = connection.execute("SELECT record FROM incidents WHERE job = ? ORDER BY number", (job,)).fetchall()
+    except sqlite3.Error as error:
+        raise ManifestError(f"{path}: {error}") from error
+    record = msgspec.json.decode(row[0], type=JobRecord) if row else None
+    return record, [msgspec.json.decode(one, type=Incident) for (one,) in rows]

@@ -1,0 +1,17 @@
+"""What the exit status of a worker means."""
+
+from __future__ import annotations
+
+import signal
+
+from seamark.protocol.messages import Cause
+
+ABORT_EXIT_CODE = 130
+"""A worker that ended by RestartAbort: the job is to end, nobody is to be restarted."""
+
+
+def exit_cause(status: int) -> Cause:
+    """The cause that an exit status tells: an exit code, or minus the number of a signal."""
+    if status < 0:
+        return Cause(kind="signal", status=-status, text=f"killed by {signal.Signals(-status).name}")
+    return Cause(kind="exit", status=status, text=f"exited with code {status}")

@@ -1,0 +1,82 @@
+"""The numbered events of one job: what was published, in which order, and what a late-comer is told.
+
+An event is *sent* once it has a number and stands in the ring (D11). The ring is bounded; whoever missed more
+than it holds learns the present state from a snapshot. Knows nothing of who listens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from seamark.protocol.messages import CompletedEvent, Failure, FailureEvent, Member, QuorumEvent, Snapshot
+
+RING = 4_096
+QUORUMS_KEPT = 64
+
+
+class EventLog:
+    """Numbers a job's events within one epoch of the lighthouse, without gaps."""
+
+    def __init__(self, job: str, epoch: int) -> None:
+        self.job = job
+        self.epoch = epoch
+        self.sequence = 0
+        self.failures: deque[FailureEvent] = deque(maxlen=RING)
+        self.quorums: deque[QuorumEvent] = deque(maxlen=QUORUMS_KEPT)
+
+    def failure(self, group: str, failure: Failure) -> FailureEvent:
+        """The event of this failure, numbered."""
+        self.sequence += 1
+        event = FailureEvent(self.job, group, self.epoch, self.sequence, failure)
+        self.failures.append(event)
+        return event
+
+    def quorum(
+        self,
+        group: str,
+        *,
+        quorum_id: int,
+        generation: int,
+        iteration: int,
+        restarts: int,
+        members: list[Member],
+        answered_at: float,
+        ended_iteration: int,
+        consequences: list[Failure],
+    ) -> QuorumEvent:
+        """The event of this answered quorum, numbered."""
+        self.sequence += 1
+        event = QuorumEvent(
+            self.job,
+            group,
+            self.epoch,
+            self.sequence,
+            quorum_id,
+            generation,
+            iteration,
+            restarts,
+            members,
+            answered_at,
+            ended_iteration,
+            consequences,
+        )
+        self.quorums.append(event)
+        return event
+
+    def completed(self, group: str) -> CompletedEvent:
+        """The event of the group's completion, numbered."""
+        self.sequence += 1
+        return CompletedEvent(self.job, group, self.epoch, self.sequence)
+
+    def snapshot(self, request: int, *, completed: bool, reason: str) -> Snapshot:
+        """The job as of now."""
+        return Snapshot(
+            request,
+            self.job,
+            self.epoch,
+            self.sequence,
+            list(self.failures),
+            list(self.quorums),
+            completed,
+            reason,
+        )

@@ -1,0 +1,435 @@
+"""One group of a job: its members, the incident in progress, the quorum they wait for, its completion.
+
+Takes what agents and members report, with the time, and returns effects. The quorum decision is ``quorum.py``'s,
+the iteration ``iteration.py``'s; what is here is when to ask them and whom to tell.
+
+One fault is one incident (D5), keyed by the iteration that it ends. The first loss, or the first fault with a
+cause of its own, is published; later faults are its consequences. A *communication* fault ("connection closed by
+peer") is evidence of somebody else's end and nearly always overtakes the death report, so it is held for
+``EVIDENCE_WINDOW`` and published only if no better cause turns up: thus one kill is one event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from seamark.protocol.messages import (
+    Cause,
+    Complete,
+    Completed,
+    Failure,
+    Join,
+    Member,
+    MemberFaulted,
+    MemberLost,
+    MemberStarted,
+    QuorumAnswer,
+    QuorumReset,
+    Recipient,
+    Refused,
+    Roster,
+    Slot,
+    StoreAddress,
+    StoreLost,
+)
+from seamarkd.effects import Effect, Publish, Send
+from seamarkd.lighthouse.events import EventLog
+from seamarkd.lighthouse.iteration import next_iteration
+from seamarkd.lighthouse.quorum import (
+    Participant,
+    PreviousQuorum,
+    QuorumOptions,
+    compute_quorum,
+    next_quorum_id,
+)
+
+EVIDENCE_WINDOW = 0.1
+"""Seconds a communication fault waits for the loss that explains it; a death report takes about a millisecond."""
+HEARTBEAT_TIMEOUT = 5.0
+"""Seconds; torchft's default, for a member's health in the quorum decision."""
+
+
+@dataclass(slots=True)
+class MemberState:
+    """A slot of the roster and who fills it. ``incarnation`` is empty while nobody does."""
+
+    slot: Slot
+    incarnation: str = ""
+    alive: bool = False
+
+
+@dataclass(slots=True)
+class Waiter:
+    """An unanswered request: where to answer, and since when it waits."""
+
+    route: bytes
+    request: int
+    incarnation: str
+    since: float
+
+
+@dataclass(slots=True)
+class Incident:
+    """The fault in progress. Unpublished while all that is known of it are communication faults."""
+
+    iteration: int
+    published: bool
+    hold_until: float
+    consequences: list[Failure] = field(default_factory=list)
+
+
+class Group:
+    """The ``ranks`` group of a job.
+
+    Args:
+        events: the job's numbered events.
+        floor: quorum ids stay above it (the daemon's epoch in the upper bits).
+        beat_of: last heartbeat of a node, in seconds of the same clock as ``now``.
+    """
+
+    def __init__(
+        self, job: str, name: str, events: EventLog, floor: int, beat_of: Callable[[str], float | None]
+    ) -> None:
+        self.job = job
+        self.name = name
+        self.generation = -1
+        self.iteration = -1
+        self.restarts = 0
+        self.done = False
+        self.reason = "no quorum was asked for yet"
+        self.members: dict[str, MemberState] = {}
+        self._events = events
+        self._floor = floor
+        self._beat_of = beat_of
+        self._options = QuorumOptions()
+        self._base_iteration = -1
+        self._start_timeout = 0.0
+        self._store = StoreAddress()
+        self._joins: dict[str, tuple[Waiter, Join]] = {}
+        self._expected: dict[str, float] = {}
+        self._previous: PreviousQuorum | None = None
+        self._active: frozenset[str] = frozenset()
+        self._completions: dict[str, Waiter] = {}
+        self._incident: Incident | None = None
+
+    # --- membership ----------------------------------------------------------------------------------------
+
+    def set_roster(self, now: float, roster: Roster) -> list[Effect]:
+        """A new roster: higher generations replace the members, the same one is heard again without effect."""
+        self._store = roster.store
+        if roster.generation <= self.generation:
+            return []
+        self.generation = roster.generation
+        self._options = QuorumOptions(roster.min_members, roster.join_timeout, HEARTBEAT_TIMEOUT)
+        self._base_iteration = max(self._base_iteration, roster.base_iteration)
+        self._start_timeout = roster.start_timeout
+        stale = self._refuse_waiting("a newer generation of this job has been started")
+        self.members = {slot.member: MemberState(slot) for slot in roster.slots}
+        self._expected = {slot.member: now + roster.start_timeout for slot in roster.slots}
+        self._completions.clear()
+        return stale
+
+    def started(self, now: float, report: MemberStarted) -> list[Effect]:
+        """A slot has a new incarnation; the next quorum waits for it."""
+        state = self.members.get(report.member)
+        if state is None or report.generation != self.generation or state.incarnation == report.incarnation:
+            return []
+        state.incarnation = report.incarnation
+        state.alive = True
+        self._expected[report.member] = now + self._start_timeout
+        return []
+
+    def lost(self, now: float, report: MemberLost) -> list[Effect]:
+        """A member is dying or dead: published once per incarnation."""
+        state = self.members.get(report.member)
+        if state is None or report.generation != self.generation or state.incarnation != report.incarnation:
+            return []
+        was_counted_on = report.member in self._joins or report.member in self._expected
+        self._joins.pop(report.member, None)
+        self._expected.pop(report.member, None)
+        state.incarnation = report.replacement
+        state.alive = bool(report.replacement)
+        if report.replacement:
+            self._expected[report.member] = now + self._options.join_timeout
+        if self.done:
+            return []
+        failure = Failure(
+            kind="lost",
+            member=report.member,
+            incarnation=report.incarnation,
+            rank=state.slot.rank,
+            node=state.slot.node,
+            iteration=self.iteration,
+            cause=report.cause,
+            occurred_at=report.occurred_at,
+            detected_at=report.detected_at,
+            published_at=now,
+            detector=report.detector,
+        )
+        incident = self._incident
+        opens = incident is None
+        if incident is None:
+            self._incident = Incident(self.iteration, published=True, hold_until=now)
+        else:
+            incident.published = True
+        effects: list[Effect] = [Publish(self.job, self._events.failure(self.name, failure))]
+        if opens or was_counted_on:
+            effects += self._reset(f"{report.member} was lost")
+        return effects + self.answer_if_ready(now)
+
+    def node_lost(self, now: float, node: str) -> list[Effect]:
+        """All members of a lost node expire together."""
+        effects: list[Effect] = []
+        for member, state in self.members.items():
+            if state.slot.node == node and state.alive:
+                cause = Cause(kind="node", text=f"node {node} is gone")
+                report = MemberLost(
+                    0, self.job, self.generation, member, state.incarnation, cause, -1.0, now, "missed heartbeats"
+                )
+                effects += self.lost(now, report)
+        return effects
+
+    def faulted(self, now: float, report: MemberFaulted) -> list[Effect]:
+        """A member left the function by an exception; it will join again."""
+        state = self.members.get(report.member)
+        if state is None or state.incarnation != report.incarnation:
+            return []
+        failure = Failure(
+            kind="faulted",
+            member=report.member,
+            incarnation=report.incarnation,
+            rank=state.slot.rank,
+            node=state.slot.node,
+            iteration=report.iteration,
+            cause=report.cause,
+            occurred_at=report.occurred_at,
+            detected_at=report.occurred_at,
+            published_at=now,
+            detector="wrapper",
+        )
+        return self._fault(now, failure)
+
+    def store_lost(self, now: float, report: StoreLost) -> list[Effect]:
+        """The TCPStore service was lost and started anew: a fault of everybody's iteration."""
+        if report.generation != self.generation or report.store == self._store:
+            return []
+        failure = Failure(
+            kind="faulted",
+            member="store",
+            incarnation=self._store.incarnation or "unknown",
+            rank=-1,
+            node="",
+            iteration=self.iteration,
+            cause=Cause(kind="store", text="the TCPStore service was lost"),
+            occurred_at=-1.0,
+            detected_at=report.detected_at,
+            published_at=now,
+            detector="agent",
+        )
+        self._store = report.store
+        return self._fault(now, failure)
+
+    # --- requests of members -------------------------------------------------------------------------------
+
+    def join(self, now: float, route: bytes, request: Join) -> list[Effect]:
+        """A member asks for the next quorum and waits."""
+        waiter = Waiter(route, request.request, request.incarnation, now)
+        refusal = self._refusal(route, request)
+        if refusal:
+            return refusal
+        if self.done:
+            return [Send(route, Completed(self.job, self.name, [_recipient(request.member, waiter)]))]
+        earlier = self._joins.get(request.member)
+        if earlier is not None:
+            waiter.since = earlier[0].since
+        self._joins[request.member] = (waiter, request)
+        self._expected.pop(request.member, None)
+        self._completions.pop(request.member, None)
+        return self.answer_if_ready(now)
+
+    def complete(self, now: float, route: bytes, request: Complete) -> list[Effect]:
+        """A member's function returned; all are told once the last active one has completed."""
+        refusal = self._refusal(route, request)
+        if refusal:
+            return refusal
+        waiter = Waiter(route, request.request, request.incarnation, now)
+        if self.done:
+            return [Send(route, Completed(self.job, self.name, [_recipient(request.member, waiter)]))]
+        if request.iteration != self.iteration or self._incident is not None:
+            reason = f"iteration {request.iteration} was given up before all members had completed it"
+            reset = QuorumReset(self.job, self.name, [_recipient(request.member, waiter)], reason)
+            return [Send(route, reset)]
+        self._completions[request.member] = waiter
+        if not self._active <= self._completions.keys():
+            return []
+        self.done = True
+        waiting = dict(self._completions)
+        waiting.update({member: waiter for member, (waiter, _) in self._joins.items()})
+        self._completions.clear()
+        self._joins.clear()
+        effects: list[Effect] = [
+            Send(to, Completed(self.job, self.name, recipients)) for to, recipients in _by_route(waiting).items()
+        ]
+        return [*effects, Publish(self.job, self._events.completed(self.name))]
+
+    # --- time and decision ---------------------------------------------------------------------------------
+
+    @property
+    def waits(self) -> bool:
+        """True while time alone may change something: somebody waits, or evidence is held."""
+        return bool(self._joins) or (self._incident is not None and not self._incident.published)
+
+    def tick(self, now: float) -> list[Effect]:
+        """What time alone completes: held evidence, join timeouts."""
+        incident = self._incident
+        effects: list[Effect] = []
+        if incident is not None and not incident.published and now >= incident.hold_until:
+            effects += self._publish_held(incident)
+        return effects + self.answer_if_ready(now)
+
+    def answer_if_ready(self, now: float) -> list[Effect]:
+        """Answers the quorum as soon as its members are there."""
+        if not self._joins or self.done:
+            return []
+        participants = {
+            member: Participant(member, waiter.since, commit_failures=request.commit_failures)
+            for member, (waiter, request) in self._joins.items()
+        }
+        decision = compute_quorum(
+            now=now,
+            participants=participants,
+            heartbeats=self._heartbeats(now),
+            previous=self._previous,
+            options=self._options,
+            expected=self._expected,
+        )
+        self.reason = decision.reason
+        if decision.members is None:
+            return []
+        return self._answer(now, decision.members)
+
+    def _answer(self, now: float, chosen: list[str]) -> list[Effect]:
+        joins = {member: self._joins.pop(member) for member in chosen}
+        requests = [request for _, request in joins.values()]
+        carried = max(
+            (PreviousQuorum(r.quorum_id, frozenset(r.quorum_members)) for r in requests if r.quorum_members),
+            key=lambda quorum: quorum.quorum_id,
+            default=None,
+        )
+        previous = self._previous
+        if carried is not None and (previous is None or carried.quorum_id > previous.quorum_id):
+            previous = carried
+        quorum_id = next_quorum_id(previous, chosen, max(r.commit_failures for r in requests), floor=self._floor)
+        known_before = max([self.iteration, self._base_iteration, *(r.iteration for r in requests)])
+        iteration = next_iteration([r.iteration for r in requests], self.iteration, self._base_iteration)
+        restarts = max([self.restarts, *(r.restarts for r in requests)]) + (1 if known_before >= 0 else 0)
+        members = sorted((self._member(request) for request in requests), key=lambda member: member.initial_rank)
+        effects: list[Effect] = []
+        incident = self._incident
+        if incident is not None and not incident.published:
+            effects += self._publish_held(incident)
+        self._incident = None
+        self.iteration = iteration
+        self.restarts = restarts
+        self._previous = PreviousQuorum(quorum_id, frozenset(chosen))
+        self._active = frozenset(chosen)
+        self._completions.clear()
+        waiting = {member: waiter for member, (waiter, _) in joins.items()}
+        for route, recipients in _by_route(waiting).items():
+            answer = QuorumAnswer(
+                self.job,
+                self.name,
+                recipients,
+                quorum_id,
+                self.generation,
+                iteration,
+                restarts,
+                members,
+                self._store,
+            )
+            effects.append(Send(route, answer))
+        event = self._events.quorum(
+            self.name,
+            quorum_id=quorum_id,
+            generation=self.generation,
+            iteration=iteration,
+            restarts=restarts,
+            members=members,
+            answered_at=now,
+            ended_iteration=incident.iteration if incident else -1,
+            consequences=incident.consequences if incident else [],
+        )
+        return [*effects, Publish(self.job, event)]
+
+    def _member(self, request: Join) -> Member:
+        slot = self.members[request.member].slot
+        return Member(request.member, request.incarnation, slot.rank, slot.node, slot.local_rank, request.keys)
+
+    def _heartbeats(self, now: float) -> dict[str, float]:
+        beats = {}
+        for member, state in self.members.items():
+            if state.alive:
+                joined = self._joins.get(member)
+                at = self._beat_of(state.slot.node)
+                beats[member] = max(joined[0].since if joined else -1.0, at if at is not None else -1.0)
+        return {member: at for member, at in beats.items() if at >= 0}
+
+    # --- incidents -----------------------------------------------------------------------------------------
+
+    def _fault(self, now: float, failure: Failure) -> list[Effect]:
+        if self.done or failure.iteration != self.iteration:
+            return []
+        incident = self._incident
+        if incident is None:
+            incident = self._incident = Incident(self.iteration, False, now + EVIDENCE_WINDOW)
+        if incident.published or failure.cause.communication:
+            incident.consequences.append(failure)
+            return []
+        incident.published = True
+        event = self._events.failure(self.name, failure)
+        return [Publish(self.job, event), *self._reset(f"{failure.member} failed"), *self.answer_if_ready(now)]
+
+    def _publish_held(self, incident: Incident) -> list[Effect]:
+        incident.published = True
+        return [Publish(self.job, self._events.failure(self.name, incident.consequences.pop(0)))]
+
+    def _reset(self, why: str) -> list[Effect]:
+        """Clears the participants (rule of the failure tick) and tells each waiting caller at once."""
+        waiting = {member: waiter for member, (waiter, _) in self._joins.items()}
+        waiting.update(self._completions)
+        self._joins.clear()
+        self._completions.clear()
+        return [
+            Send(route, QuorumReset(self.job, self.name, recipients, f"quorum reset: {why}"))
+            for route, recipients in _by_route(waiting).items()
+        ]
+
+    def _refuse_waiting(self, why: str) -> list[Effect]:
+        effects: list[Effect] = [
+            Send(waiter.route, Refused(waiter.request, "STALE_GENERATION", why, self.job, member))
+            for member, (waiter, _) in self._joins.items()
+        ]
+        self._joins.clear()
+        return effects
+
+    def _refusal(self, route: bytes, request: Join | Complete) -> list[Effect]:
+        state = self.members.get(request.member)
+        if state is None:
+            sentence = f"{request.member} is not in the roster of job {self.job}"
+            return [Send(route, Refused(request.request, "UNKNOWN_MEMBER", sentence, self.job, request.member))]
+        if request.generation != self.generation or request.incarnation != state.incarnation:
+            sentence = f"{request.member} was replaced by a newer process of job {self.job}: this one must end"
+            return [Send(route, Refused(request.request, "STALE_GENERATION", sentence, self.job, request.member))]
+        return []
+
+
+def _recipient(member: str, waiter: Waiter) -> Recipient:
+    return Recipient(member, waiter.incarnation, waiter.request)
+
+
+def _by_route(waiting: Mapping[str, Waiter]) -> dict[bytes, list[Recipient]]:
+    routes: dict[bytes, list[Recipient]] = {}
+    for member, waiter in waiting.items():
+        routes.setdefault(waiter.route, []).append(_recipient(member, waiter))
+    return routes

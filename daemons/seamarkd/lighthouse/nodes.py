@@ -1,0 +1,106 @@
+"""Which nodes live: silence is not absence (D2).
+
+A node that missed three beats is suspect and is probed by another way. Refused: the host lives and its agent is
+down, so its workers are given ``AGENT_GRACE``. Accepted but silent: frozen, the same grace. No answer at all:
+the host is lost at five missed beats. When more than 30 % of the nodes are suspect at once, it is probably this
+lighthouse that is cut off: nobody is declared lost. A lighthouse that finds its own loop late moves its
+deadlines by as much (Lifeguard's awareness, memberlist). Pure: beats, probe results and the time come in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from seamark.protocol.messages import NodeHello
+from seamarkd.effects import Effect, Probe
+
+BEAT_INTERVAL = 0.1
+SUSPECT_BEATS = 3
+LOST_BEATS = 5
+AGENT_GRACE = 10.0
+"""Seconds an unreachable agent has to come back; supervisord needs one to two to restart it."""
+MASS_SUSPICION = 0.3
+
+ProbeResult = Literal["refused", "accepted", "silent"]
+Verdict = Literal["", "agent down", "frozen"]
+VERDICTS: dict[ProbeResult, Verdict] = {"refused": "agent down", "accepted": "frozen", "silent": ""}
+
+
+@dataclass(slots=True)
+class Node:
+    """A node as the lighthouse sees it."""
+
+    name: str
+    incarnation: str
+    address: str
+    route: bytes
+    last_beat: float
+    suspect_since: float | None = None
+    verdict: Verdict = ""
+
+
+class NodeWatch:
+    """The nodes and their beats."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.sentence = ""
+        self._excused = 0.0
+
+    def hello(self, now: float, route: bytes, hello: NodeHello) -> None:
+        """An agent introduced itself: a new session, whatever was known of an older one."""
+        self.nodes[hello.node] = Node(hello.node, hello.incarnation, hello.address, route, now)
+
+    def beat(self, now: float, node: str, incarnation: str, route: bytes) -> bool:
+        """A heartbeat; False if its sender has to introduce itself again."""
+        known = self.nodes.get(node)
+        if known is None or known.incarnation != incarnation or known.route != route:
+            return False
+        known.last_beat = now
+        known.suspect_since = None
+        known.verdict = ""
+        return True
+
+    def last_beat(self, node: str) -> float | None:
+        """When the node was heard last; None for a stranger."""
+        known = self.nodes.get(node)
+        return known.last_beat if known else None
+
+    def probed(self, node: str, incarnation: str, result: ProbeResult) -> None:
+        """What came of a probe."""
+        known = self.nodes.get(node)
+        if known is not None and known.incarnation == incarnation and known.suspect_since is not None:
+            known.verdict = VERDICTS[result]
+
+    def late(self, seconds: float) -> None:
+        """This lighthouse's own loop ran late: its pause is nobody's death."""
+        self._excused += seconds
+
+    def tick(self, now: float) -> tuple[list[Effect], list[str]]:
+        """Probes to make, and the nodes that are lost."""
+        effects: list[Effect] = []
+        if self._excused > 0.0:
+            for node in self.nodes.values():
+                node.last_beat = min(now, node.last_beat + self._excused)
+            self._excused = 0.0
+        for node in self.nodes.values():
+            if node.suspect_since is None and now - node.last_beat > SUSPECT_BEATS * BEAT_INTERVAL:
+                node.suspect_since = now
+                effects.append(Probe(node.name, node.address))
+        suspects = [node for node in self.nodes.values() if node.suspect_since is not None]
+        if len(suspects) > MASS_SUSPICION * len(self.nodes) and suspects:
+            self.sentence = (
+                f"{len(suspects)} of {len(self.nodes)} nodes are silent at once: that is probably this lighthouse's "
+                "own network, nobody is declared lost"
+            )
+            return effects, []
+        self.sentence = ""
+        lost = [node.name for node in suspects if now - node.last_beat > self._patience(node)]
+        for name in lost:
+            del self.nodes[name]
+        return effects, lost
+
+    @staticmethod
+    def _patience(node: Node) -> float:
+        return AGENT_GRACE if node.verdict else LOST_BEATS * BEAT_INTERVAL

@@ -1,0 +1,111 @@
+"""The lighthouse's shell: sockets, timers and nothing else; the thinking is in ``core.py``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import zmq
+
+from seamark.protocol.messages import Message
+from seamark.protocol.sockets import check_address, make_socket
+from seamarkd.channel import Channel
+from seamarkd.effects import Effect, Probe, Publish, Send
+from seamarkd.lighthouse.core import Lighthouse
+from seamarkd.lighthouse.nodes import ProbeResult
+
+log = logging.getLogger(__name__)
+
+TICK = 0.1
+"""Seconds; the quorum tick of torchft. Only time-outs wait for it, everything else is answered at the event."""
+EVENT_BEAT_TICKS = 10
+PROBE_TIMEOUT = 0.2
+
+
+def topic(job: str) -> bytes:
+    """What a subscriber of a job's events subscribes to; ends so that no job's topic begins another's."""
+    return b"job/" + job.encode() + b"\0"
+
+
+EVENT_BEAT_TOPIC = b"beat\0"
+
+
+class LighthouseShell:
+    """A lighthouse that serves on two addresses.
+
+    Args:
+        context: the process's ZeroMQ context.
+        address: where peers' requests arrive (ROUTER).
+        events: where subscribers listen (PUB).
+        epoch: rises with every start.
+    """
+
+    def __init__(self, context: zmq.Context[Any], address: str, events: str, epoch: int) -> None:
+        self.core = Lighthouse(epoch)
+        router = make_socket(context, zmq.ROUTER)
+        router.bind(check_address(address))
+        publisher = make_socket(context, zmq.PUB)
+        publisher.bind(check_address(events))
+        self._requests = Channel(router, self._on_message)
+        self._events = Channel(publisher)
+        self._loop = asyncio.get_running_loop()
+        self._probes: set[asyncio.Task[None]] = set()
+        self._ticks = 0
+        self._due = self._loop.time() + TICK
+        self._timer = self._loop.call_at(self._due, self._tick)
+
+    def close(self) -> None:
+        """Stops serving; may be called twice."""
+        self._timer.cancel()
+        for probe in self._probes:
+            probe.cancel()
+        self._requests.close()
+        self._events.close()
+
+    def _on_message(self, route: bytes, message: Message) -> None:
+        self._perform(self.core.handle(time.monotonic(), route, message))
+
+    def _tick(self) -> None:
+        late = self._loop.time() - self._due
+        if late > TICK:
+            self.core.nodes.late(late)
+        self._perform(self.core.tick(time.monotonic()))
+        self._ticks += 1
+        if self._ticks % EVENT_BEAT_TICKS == 0:
+            self._events.send(self.core.event_beat(), EVENT_BEAT_TOPIC)
+        self._due = max(self._due + TICK, self._loop.time())
+        self._timer = self._loop.call_at(self._due, self._tick)
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(to, message):
+                    self._requests.send(message, to)
+                case Publish(job, message):
+                    self._events.send(message, topic(job))
+                case Probe(node, address):
+                    task = self._loop.create_task(self._probe(node, address))
+                    self._probes.add(task)
+                    task.add_done_callback(self._probes.discard)
+
+    async def _probe(self, node: str, address: str) -> None:
+        incarnation = self.core.nodes.nodes[node].incarnation
+        result: ProbeResult = "accepted"
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                if address.startswith("ipc://"):
+                    _, writer = await asyncio.open_unix_connection(address.removeprefix("ipc://"))
+                else:
+                    host, _, port = address.removeprefix("tcp://").rpartition(":")
+                    _, writer = await asyncio.open_connection(host, int(port))
+                writer.close()
+        except TimeoutError:
+            result = "silent"
+        except (ConnectionError, FileNotFoundError):
+            result = "refused"
+        except OSError as error:
+            log.info("probe of node %s at %s: %s", node, address, error)
+            result = "silent"
+        self.core.probed(node, incarnation, result)

@@ -1,0 +1,339 @@
+"""What a group does about losses, faults, joins and completions: one fault, one event, one restart."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import pytest
+from seamark.protocol.messages import (
+    RANKS,
+    Cause,
+    Complete,
+    Completed,
+    CompletedEvent,
+    FailureEvent,
+    JobSpec,
+    Join,
+    MemberFaulted,
+    MemberLost,
+    MemberStarted,
+    Message,
+    QuorumAnswer,
+    QuorumEvent,
+    QuorumReset,
+    Refused,
+    Roster,
+    Slot,
+    StoreAddress,
+    StoreLost,
+)
+from seamarkd.effects import Effect, Publish, Send
+from seamarkd.lighthouse.events import EventLog
+from seamarkd.lighthouse.group import EVIDENCE_WINDOW, Group
+
+T = TypeVar("T", bound=Message)
+WORLD = 4
+STORE = StoreAddress("127.0.0.1", 29502, "s0")
+COMMUNICATION = Cause(kind="exception", text="Connection closed by peer", communication=True)
+OWN = Cause(kind="exception", text="ValueError: no")
+KILLED = Cause(kind="signal", status=9, text="killed by SIGKILL")
+
+
+class Bench:
+    """A group of four on one node, its clock, and everything it said."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.said: list[Effect] = []
+        self.request = 0
+        self.incarnations = {member: f"{member}#0" for member in members()}
+        self.last = dict.fromkeys(members(), -1)
+        self.group = Group("job", RANKS, EventLog("job", 1), 1 << 32, lambda node: self.now)
+        self.do(self.group.set_roster(self.now, roster(0)))
+        for member in members():
+            self.start(member)
+
+    def do(self, effects: list[Effect]) -> list[Effect]:
+        self.said += effects
+        return effects
+
+    def sent(self, kind: type[T]) -> list[T]:
+        return [effect.message for effect in self.said if isinstance(effect, Send) and isinstance(effect.message, kind)]
+
+    def published(self, kind: type[T]) -> list[T]:
+        return [effect.message for effect in self.said if isinstance(effect, Publish) and isinstance(effect.message, kind)]
+
+    def start(self, member: str, generation: int = 0) -> None:
+        started = MemberStarted(0, "job", generation, member, self.incarnations[member], "n0")
+        self.do(self.group.started(self.now, started))
+
+    def join(self, *ranks: int, generation: int = 0) -> None:
+        for rank in ranks:
+            member = f"job/{rank}"
+            self.request += 1
+            join = Join(
+                job="job", group=RANKS, generation=generation, member=member, incarnation=self.incarnations[member],
+                request=self.request, iteration=self.last[member], restarts=0, quorum_id=0, quorum_members=[],
+                commit_failures=1 if self.last[member] >= 0 else 0,
+            )
+            answers = self.do(self.group.join(self.now, f"w{rank}".encode(), join))
+            for effect in answers:
+                if isinstance(effect, Send) and isinstance(effect.message, QuorumAnswer):
+                    for one in effect.message.recipients:
+                        self.last[one.member] = effect.message.iteration
+
+    def fault(self, rank: int, cause: Cause, iteration: int = 0) -> None:
+        member = f"job/{rank}"
+        report = MemberFaulted("job", member, self.incarnations[member], iteration, cause, self.now)
+        self.do(self.group.faulted(self.now, report))
+
+    def lose(self, rank: int, *, replaced: bool = True) -> None:
+        member = f"job/{rank}"
+        old = self.incarnations[member]
+        new = f"{member}#{int(old.rpartition('#')[2]) + 1}" if replaced else ""
+        report = MemberLost(0, "job", 0, member, old, KILLED, -1.0, self.now, "canary", new)
+        self.do(self.group.lost(self.now, report))
+        if replaced:
+            self.incarnations[member] = new
+            self.last[member] = -1
+
+    def complete(self, *ranks: int, iteration: int = 0) -> None:
+        for rank in ranks:
+            member = f"job/{rank}"
+            self.request += 1
+            request = Complete("job", RANKS, 0, member, self.incarnations[member], self.request, iteration)
+            self.do(self.group.complete(self.now, f"w{rank}".encode(), request))
+
+
+def members() -> list[str]:
+    return [f"job/{rank}" for rank in range(WORLD)]
+
+
+def roster(generation: int, base: int = -1) -> Roster:
+    spec = JobSpec(
+        name="job", argv=["train.py"], module=False, python="python", cwd="/", env={}, min_nodes=1, max_nodes=1,
+        nproc_per_node=WORLD, policy="replace", max_restarts=3, checkpoint_dir="", log_dir="/tmp",
+    )
+    slots = [Slot(member, rank, rank, "n0", 0) for rank, member in enumerate(members())]
+    return Roster(1, "job", generation, "replace", WORLD, slots, STORE, "127.0.0.1", 29500, base, 30.0, 120.0, 3, spec)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+@pytest.fixture
+def running(bench: Bench) -> Bench:
+    bench.join(0, 1, 2, 3)
+    assert bench.group.iteration == 0
+    bench.said.clear()
+    return bench
+
+
+def test_the_first_quorum_waits_for_the_whole_roster(bench: Bench) -> None:
+    bench.join(0, 1, 2)
+    assert bench.sent(QuorumAnswer) == []
+    bench.join(3)
+    (event,) = bench.published(QuorumEvent)
+    assert [member.member for member in event.members] == members()
+    assert (event.iteration, event.restarts, event.quorum_id) == (0, 0, (1 << 32) + 1)
+
+
+def test_a_member_list_travels_once_per_route(bench: Bench) -> None:
+    for rank in range(WORLD):
+        member = f"job/{rank}"
+        join = Join("job", RANKS, 0, member, bench.incarnations[member], rank, -1, 0, 0, [])
+        bench.do(bench.group.join(bench.now, b"node-0", join))
+    (answer,) = bench.sent(QuorumAnswer)
+    assert {one.member for one in answer.recipients} == set(members())
+
+
+def test_a_kill_is_one_event_one_restart_and_one_iteration(running: Bench) -> None:
+    running.lose(2)
+    running.fault(0, COMMUNICATION)
+    running.join(0, 1, 3)
+    assert running.sent(QuorumAnswer) == []
+    running.join(2)
+    (failure,) = running.published(FailureEvent)
+    assert (failure.failure.member, failure.failure.kind, failure.failure.iteration) == ("job/2", "lost", 0)
+    (quorum,) = running.published(QuorumEvent)
+    assert (quorum.iteration, quorum.restarts, quorum.ended_iteration) == (1, 1, 0)
+    assert [one.member for one in quorum.consequences] == ["job/0"]
+
+
+def test_communication_faults_that_overtake_the_death_report_are_no_event_of_their_own(running: Bench) -> None:
+    running.fault(0, COMMUNICATION)
+    running.fault(1, COMMUNICATION)
+    running.join(0, 1)
+    running.now += EVIDENCE_WINDOW / 2
+    running.lose(2)
+    running.join(3, 2)
+    (failure,) = running.published(FailureEvent)
+    assert failure.failure.member == "job/2"
+    assert [one.member for one in running.published(QuorumEvent)[0].consequences] == ["job/0", "job/1"]
+    assert running.sent(QuorumReset) == [], "those who wait already need not ask again"
+
+
+def test_a_communication_fault_without_a_better_cause_is_published_after_the_window(running: Bench) -> None:
+    running.fault(1, COMMUNICATION)
+    assert running.published(FailureEvent) == []
+    running.now += EVIDENCE_WINDOW
+    running.do(running.group.tick(running.now))
+    (failure,) = running.published(FailureEvent)
+    assert (failure.failure.member, failure.failure.kind) == ("job/1", "faulted")
+
+
+def test_held_evidence_is_published_at_the_latest_with_the_quorum_that_it_caused(running: Bench) -> None:
+    for rank in range(WORLD):
+        running.fault(rank, COMMUNICATION)
+        running.join(rank)
+    (failure,) = running.published(FailureEvent)
+    (quorum,) = running.published(QuorumEvent)
+    assert failure.sequence < quorum.sequence
+    assert len(quorum.consequences) == WORLD - 1
+
+
+def test_a_fault_with_a_cause_of_its_own_is_published_at_once_and_once(running: Bench) -> None:
+    running.fault(3, COMMUNICATION)
+    running.fault(1, OWN)
+    running.fault(0, OWN)
+    (failure,) = running.published(FailureEvent)
+    assert failure.failure.member == "job/1"
+    running.join(0, 1, 2, 3)
+    assert [one.member for one in running.published(QuorumEvent)[0].consequences] == ["job/3", "job/0"]
+
+
+def test_a_report_of_an_older_iteration_is_dropped(running: Bench) -> None:
+    running.fault(1, OWN)
+    running.join(0, 1, 2, 3)
+    running.said.clear()
+    running.fault(2, OWN, iteration=0)
+    assert running.said == []
+
+
+def test_a_loss_is_published_once_per_incarnation(running: Bench) -> None:
+    report = MemberLost(0, "job", 0, "job/2", "job/2#0", KILLED, -1.0, running.now, "canary", "job/2#1")
+    for _ in range(3):
+        running.do(running.group.lost(running.now, report))
+    assert len(running.published(FailureEvent)) == 1
+
+
+def test_two_losses_are_two_events_of_one_incident(running: Bench) -> None:
+    running.lose(1)
+    running.join(0)
+    running.lose(3)
+    running.join(1, 2, 3)
+    assert [one.failure.member for one in running.published(FailureEvent)] == ["job/1", "job/3"]
+    (quorum,) = running.published(QuorumEvent)
+    assert quorum.iteration == 1
+
+
+def test_losing_a_member_that_waits_resets_the_others_at_once(running: Bench) -> None:
+    running.lose(1)
+    running.join(0, 2)
+    running.lose(2)
+    assert {one.member for reset in running.sent(QuorumReset) for one in reset.recipients} == {"job/0"}
+    running.join(0, 1, 2, 3)
+    assert running.group.iteration == 1
+
+
+def test_a_replacement_that_dies_before_it_joins_is_waited_for_again(running: Bench) -> None:
+    running.lose(1)
+    running.join(0, 2, 3)
+    running.lose(1)
+    assert {one.member for reset in running.sent(QuorumReset) for one in reset.recipients} == {"job/0", "job/2", "job/3"}
+    running.join(0, 2, 3, 1)
+    assert [one.iteration for one in running.published(QuorumEvent)] == [1]
+
+
+def test_a_loss_between_answer_and_entry_belongs_to_the_new_iteration(running: Bench) -> None:
+    running.fault(0, OWN)
+    running.join(0, 1, 2, 3)
+    running.lose(3)
+    assert [one.failure.iteration for one in running.published(FailureEvent)] == [0, 1]
+
+
+def test_survivors_do_not_go_on_below_the_minimum(running: Bench) -> None:
+    running.lose(2)
+    running.join(0, 1, 3)
+    running.now += 31.0
+    running.do(running.group.tick(running.now))
+    assert running.sent(QuorumAnswer) == []
+    assert "need min_replicas 4" in running.group.reason
+
+
+def test_an_old_incarnation_is_refused(running: Bench) -> None:
+    running.lose(2)
+    stale = Join("job", RANKS, 0, "job/2", "job/2#0", 99, 0, 0, 0, [])
+    running.do(running.group.join(running.now, b"w2", stale))
+    (refused,) = running.sent(Refused)
+    assert (refused.code, refused.member) == ("STALE_GENERATION", "job/2")
+
+
+def test_a_stranger_is_refused(running: Bench) -> None:
+    running.do(running.group.join(running.now, b"x", Join("job", RANKS, 0, "job/9", "x", 1, -1, 0, 0, [])))
+    assert [one.code for one in running.sent(Refused)] == ["UNKNOWN_MEMBER"]
+
+
+def test_all_new_processes_begin_the_next_hundred(running: Bench) -> None:
+    running.do(running.group.set_roster(running.now, roster(1, base=0)))
+    for member in members():
+        running.incarnations[member] = f"{member}#9"
+        running.last[member] = -1
+        running.start(member, generation=1)
+    running.join(0, 1, 2, 3, generation=1)
+    (quorum,) = running.published(QuorumEvent)
+    assert (quorum.iteration, quorum.restarts) == (100, 1)
+
+
+def test_nobody_leaves_before_all_have_completed(running: Bench) -> None:
+    running.complete(0, 1, 2)
+    assert running.sent(Completed) == []
+    running.complete(3)
+    assert {one.member for done in running.sent(Completed) for one in done.recipients} == set(members())
+    assert len(running.published(CompletedEvent)) == 1
+
+
+def test_a_loss_before_the_last_completion_sends_everybody_in_again(running: Bench) -> None:
+    running.complete(0, 1, 2)
+    running.lose(3)
+    assert {one.member for reset in running.sent(QuorumReset) for one in reset.recipients} == {"job/0", "job/1", "job/2"}
+    running.join(0, 1, 2, 3)
+    running.complete(0, 1, 2, 3, iteration=1)
+    assert running.group.done
+
+
+def test_a_late_completion_of_a_given_up_iteration_is_told_so(running: Bench) -> None:
+    running.lose(3)
+    running.complete(0)
+    (reset,) = running.sent(QuorumReset)
+    assert "iteration 0" in reset.reason
+
+
+def test_completion_is_sticky_and_later_deaths_restart_nothing(running: Bench) -> None:
+    running.complete(0, 1, 2, 3)
+    running.said.clear()
+    running.lose(1, replaced=False)
+    running.complete(0)
+    assert running.published(FailureEvent) == []
+    assert len(running.sent(Completed)) == 1
+
+
+def test_the_loss_of_the_store_restarts_everybody_on_the_new_one(running: Bench) -> None:
+    new = StoreAddress("127.0.0.1", 29502, "s1")
+    running.do(running.group.store_lost(running.now, StoreLost(0, "job", 0, new, running.now)))
+    (failure,) = running.published(FailureEvent)
+    assert failure.failure.cause.kind == "store"
+    running.join(0, 1, 2, 3)
+    assert {answer.store for answer in running.sent(QuorumAnswer)} == {new}
+
+
+def test_a_repeated_join_keeps_its_place_in_time(running: Bench) -> None:
+    running.lose(2, replaced=False)
+    running.join(0)
+    running.now += 20.0
+    running.join(0)
+    running.now += 11.0
+    running.do(running.group.tick(running.now))
+    assert "0 expected" not in running.group.reason
