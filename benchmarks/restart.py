@@ -6,7 +6,6 @@ made to raise or are killed. README.md has the method, `--help` the options.
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from harness import peers, provenance, results, systems
-from harness.processes import become_subreaper, end_descendants
+from harness.processes import become_subreaper, end_descendants, interrupt_once
 from harness.restart_table import record_of, shown, table_of
 from harness.restarts import SETTLE, Row, Sample, Scenario, measure
 
@@ -199,9 +198,8 @@ def main(
     exceptions, kills = exceptions or counts["exceptions"], kills or counts["kills"]
     peer_faults = peer_faults or counts["peer_faults"]
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.default_int_handler)
     become_subreaper()
+    interrupt_once()
     result = results.opening("restart", seed)
     rows: list[Row] = []
     complete = False

@@ -47,6 +47,24 @@ def become_subreaper() -> None:
         raise OSError(error, os.strerror(error))
 
 
+def interrupt_once() -> None:
+    """Have the first Ctrl-C, SIGTERM or SIGHUP raise KeyboardInterrupt, and those after it do nothing.
+
+    So a second Ctrl-C cannot cut short the cleaning up after the first. SIGHUP stays ignored under nohup.
+    """
+    endings = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        endings.append(signal.SIGHUP)
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        for ending in endings:
+            signal.signal(ending, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for ending in endings:
+        signal.signal(ending, interrupt)
+
+
 def descendants() -> list[psutil.Process]:
     """All living processes below this one; the dead among its children are reaped on the way."""
     living = []

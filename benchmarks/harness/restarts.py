@@ -137,12 +137,8 @@ class TrainingJob:
         )
 
     def stop(self) -> None:
-        """End the job. A Ctrl-C meanwhile is too late to stop anything more, and is ignored."""
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self._job.stop(self._scenario.system.grace)
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        """End the job."""
+        self._job.stop(self._scenario.system.grace)
 
     def _kill(self, victim: Report) -> float:
         at = time.monotonic()

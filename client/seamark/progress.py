@@ -2,8 +2,8 @@
 
 A worker writes, its agent reads; nobody waits for anybody. The page is a memfd that the keeper made, sealed
 against resizing, and handed to the worker as the descriptor named in ``SEAMARK_PROGRESS_FD``. Every field is
-one aligned 8-byte word in the machine's own byte order: a reader sees an old value or a new one, and never half
-of each.
+one aligned 8-byte word in the machine's own byte order: a reader sees an old value or a new one, and never
+half of each.
 
 This module knows the layout and nothing about what a value means: which counter is late, or whether a dead
 canary is a dead worker, is for the agent to judge. Every worker loads it, so it imports the standard library

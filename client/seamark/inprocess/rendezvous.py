@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,17 +19,14 @@ class EnvRendezvous:
 
     def install(self) -> None:
         """From now on ``env://`` yields what was offered."""
-        from torch.distributed import rendezvous
-
-        self._original = rendezvous._rendezvous_handlers["env"]
-        rendezvous._rendezvous_handlers["env"] = self._rendezvous
+        handlers = _handlers()
+        self._original = handlers["env"]
+        handlers["env"] = self._rendezvous
 
     def uninstall(self) -> None:
         """Gives torch its own handler back."""
-        from torch.distributed import rendezvous
-
         if self._original is not None:
-            rendezvous._rendezvous_handlers["env"] = self._original
+            _handlers()["env"] = self._original
             self._original = None
 
     def offer(self, store: Any, state: State | None) -> None:
@@ -41,3 +39,11 @@ class EnvRendezvous:
             raise RuntimeError("init_process_group() outside the function that seamark.Wrapper wraps")
         yield self._store, self._state.rank, self._state.world_size
         raise RuntimeError("an iteration's rendezvous happens once; a restart is a new iteration")
+
+
+def _handlers() -> dict[str, Callable[..., Iterator[Any]]]:
+    # torch.distributed.rendezvous is the function of that name once the package is imported.
+    handlers: dict[str, Callable[..., Iterator[Any]]] = importlib.import_module(
+        "torch.distributed.rendezvous"
+    )._rendezvous_handlers
+    return handlers

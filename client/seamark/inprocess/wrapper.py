@@ -121,7 +121,7 @@ class _Restarter:
         self._inside = -1
         self._cutting = threading.Lock()
         self._stamps: dict[str, float] = {}
-        self._reported = True
+        self._reported = False
         self._ended_iteration = -1
         self._last: QuorumAnswer | None = None
         self.call = CallWrapper(self._interrupter)

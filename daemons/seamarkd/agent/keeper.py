@@ -3,8 +3,8 @@
     <the job's python> keeper.py --socket PATH --job NAME [--linger SECONDS] [--preload MODULE,...]
 
 It has the job's modules loaded and no thread running, so that a worker is a fork away; it outlives its agent,
-and so do exit codes. An agent asks it over a unix socket to start a process, to signal one, to list what there
-is and to stop; every exit is pushed until it is acknowledged. Each packet is one JSON object, with file
+and so do exit codes. An agent asks it over a unix socket to start a process, to signal one, to list what
+there is and to stop; every exit is pushed until it is acknowledged. Each packet is one JSON object, with file
 descriptors beside it where noted:
 
     request                                         answer, with the request's id
@@ -243,8 +243,7 @@ class Worker:
         runpy._run_module_as_main(name)  # type: ignore[attr-defined]
 
     def _run_script(self, main: ModuleType) -> None:
-        script = self.argv[0]
-        path = script if os.path.isabs(script) else f"{os.getcwd()}/{script.removeprefix('./')}"
+        path = os.path.join(os.getcwd(), self.argv[0])
         try:
             with open(path, "rb") as file:
                 source = file.read()

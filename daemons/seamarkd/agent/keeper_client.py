@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import socket
+import struct
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -397,15 +398,19 @@ class KeeperClient:
         Raises:
             KeeperError: no answer.
         """
-        if final:
-            self._on_closed = lambda _: None
+        timeout = grace + 15.0 if timeout is None else timeout
         request = {"type": "stop", "grace": grace, "final": final}
-        packet = await self._ask(request, grace + 15.0 if timeout is None else timeout)
-        if final:
-            self.close()
-            if self._child is not None:
-                await asyncio.to_thread(self._child.wait)
-        return [int(pid) for pid in packet.message["left"]]
+        if not final:
+            return list((await self._ask(request, timeout)).message["left"])
+        self._on_closed = lambda _: None
+        keeper = os.pidfd_open(self.ready.pid)
+        try:
+            left = list((await self._ask(request, timeout)).message["left"])
+            await self._until_gone(keeper, timeout)
+        finally:
+            os.close(keeper)
+        self.close()
+        return left
 
     def close(self) -> None:
         """Close the connection; the keeper and its processes live on, up to its linger time."""
@@ -418,6 +423,17 @@ class KeeperClient:
         answer = (await self._ask({"type": "hello", "epoch": epoch}, timeout)).message
         fields = {name: answer[name] for name in Ready.__slots__ if name != "modules"}
         self.ready = Ready(modules=[(name, seconds) for name, seconds in answer["modules"]], **fields)
+
+    async def _until_gone(self, pidfd: int, timeout: float) -> None:
+        gone = asyncio.Event()
+        self._loop.add_reader(pidfd, gone.set)
+        try:
+            async with asyncio.timeout(timeout):
+                await gone.wait()
+        except TimeoutError:
+            raise KeeperError("timeout", f"the keeper did not end within {timeout:g} s") from None
+        finally:
+            self._loop.remove_reader(pidfd)
 
     async def _ask(self, request: Message, timeout: float) -> _Packet:
         request_id, answers = self._begin(request)
@@ -524,12 +540,20 @@ async def _connect_to(process: subprocess.Popen[bytes], socket_path: str, log: s
             sock.close()
             raise KeeperError("spawn", f"can't connect to {socket_path}: {error}") from error
         else:
-            return sock
+            if _listener_pid(sock) == process.pid:
+                return sock
+            # An older keeper answers there; ours will say so and end.
+            sock.close()
         if process.poll() is not None:
             tail = Path(log).read_text(errors="replace")[-LOG_TAIL_CHARACTERS:].strip()
             sentence = f"the keeper ended at its start with status {process.returncode}: {tail}"
             raise KeeperError("spawn", sentence)
         await asyncio.sleep(CONNECT_PAUSE)
+
+
+def _listener_pid(sock: socket.socket) -> int:
+    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -560,6 +584,6 @@ def _held(packet: _Packet) -> Held:
         return Held(process, *packet.fds)
     _close_all(packet.fds)
     if process.status is None:
-        sentence = "the descriptors of a process were lost on the way: raise the limit of open files (ulimit -n)"
+        sentence = "a process came without its file descriptors: raise the limit of open files (ulimit -n)"
         raise KeeperError("system", sentence)
     return Held(process, -1, -1)

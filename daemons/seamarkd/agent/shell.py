@@ -81,6 +81,7 @@ class Kept:
     ended: set[str] = field(default_factory=set)
     """Exits that were reported before the answer to the start."""
     store: str = ""
+    ending: bool = False
     steps: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
 
 
@@ -294,7 +295,7 @@ class AgentShell:
         if kept is None or ended.status is None:
             return
         if ended.slot == STORE_SLOT:
-            if ended.incarnation == kept.store:
+            if ended.incarnation == kept.store and not kept.ending:
                 log.warning("job %s: the TCPStore service ended with status %d, starting another", job, ended.status)
                 self._perform(self.core.store_exited(job))
         else:
@@ -308,7 +309,8 @@ class AgentShell:
             now = time.monotonic()
             at = ended.at if ended.at is not None else now
             self._perform(self.core.exited(now, job, ended.incarnation, ended.status, at, str(path or ""), tail))
-        self._spawn(self._acknowledge(kept, ended))
+        if not kept.ending:
+            self._spawn(self._acknowledge(kept, ended))
 
     async def _acknowledge(self, kept: Kept, ended: Exited) -> None:
         keeper = await kept.keeper
@@ -376,8 +378,7 @@ class AgentShell:
     async def _end_job(self, kept: Kept, grace: float, *, final: bool = True) -> None:
         try:
             keeper = await kept.keeper
-            if final:
-                kept.store = ""
+            kept.ending = final
             left = await keeper.stop(grace, final=final)
         except KeeperError as error:
             log.error("can't stop the workers: %s", error)

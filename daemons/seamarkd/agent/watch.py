@@ -1,9 +1,9 @@
 """Seeing a worker die, as early as the kernel lets anybody see it.
 
 An exit is reported only after the memory of the process was freed. Its threads end before that, so a
-`DeathWatch` waits for the canary threads named in the worker's progress page as well as for the process. A dead
-thread alone proves nothing (an exec ends threads, too): the kernel's own marks on the process decide, and
-without them the watch relies on the process.
+`DeathWatch` waits for the canary threads named in the worker's progress page as well as for the process. A
+dead thread alone proves nothing (an exec ends threads, too): the kernel's own marks on the process decide,
+and without them the watch relies on the process.
 
 This module knows nothing about what a death means for the job, and it never reaps: the exit status is the
 keeper's to tell.

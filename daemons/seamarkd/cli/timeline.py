@@ -18,7 +18,6 @@ class Segment:
     """One phase. ``begin`` and ``end`` are seconds since the first moment observed; None if nobody saw its end."""
 
     name: str
-    meaning: str
     begin: float
     end: float | None
     rank: int | None
@@ -45,25 +44,25 @@ def segments(incident: Incident) -> list[Segment]:
 
     everybody = incident.stamps.items()
     kept = survivors.items()
-    moments: list[tuple[str, str, tuple[float, int | None]]] = [
-        ("detected", "the fault was seen", (opened if culprit.occurred_at >= 0 else -1.0, None)),
-        ("broadcast", "the lighthouse published it", (published, None)),
-        ("told", "the last survivor had heard of it", last(kept, lambda one: one.told)),
-        ("aborted", "the last survivor's collectives were cut", last(kept, lambda one: one.aborted)),
-        ("cleaned up", "the last survivor had left the function", last(kept, lambda one: one.left)),
-        ("joined", "the last rank asked for the quorum", last(everybody, lambda one: one.joined)),
-        ("quorum", "the last rank had the quorum's answer", last(everybody, lambda one: one.answered)),
-        ("process group", "the last rank had its process group again", last(everybody, lambda one: one.group_ready)),
-        ("first step", "the last rank had done its first step", last(everybody, lambda one: one.first_step)),
+    moments: list[tuple[str, tuple[float, int | None]]] = [
+        ("fault detected", (opened if culprit.occurred_at >= 0 else -1.0, None)),
+        ("failure published", (published, None)),
+        ("survivors told", last(kept, lambda one: one.told)),
+        ("collectives cut", last(kept, lambda one: one.aborted)),
+        ("function left", last(kept, lambda one: one.left)),
+        ("all asked to join", last(everybody, lambda one: one.joined)),
+        ("quorum answered", last(everybody, lambda one: one.answered)),
+        ("process group up", last(everybody, lambda one: one.group_ready)),
+        ("first step done", last(everybody, lambda one: one.first_step)),
     ]
     rows: list[Segment] = []
     reached = 0.0
-    for name, meaning, (moment, rank) in moments:
+    for name, (moment, rank) in moments:
         if moment < 0:
-            rows.append(Segment(name, meaning, reached, None, None))
+            rows.append(Segment(name, reached, None, None))
             continue
         end = max(reached, moment - start)
-        rows.append(Segment(name, meaning, reached, end, rank))
+        rows.append(Segment(name, reached, end, rank))
         reached = end
     return rows
 

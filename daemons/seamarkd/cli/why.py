@@ -19,7 +19,7 @@ from seamarkd.coordinator.manifest import read
 from seamarkd.paths import state_directory
 from seamarkd.standalone import ADDRESS_FILE
 
-BAR_WIDTH = 40
+BAR_WIDTH = 36
 ASK_TIMEOUT = 2.0
 
 
@@ -120,38 +120,31 @@ def _show_incident(console: Console, incident: Incident, *, every_rank: bool) ->
         f"{len(incident.members)} ranks, [bold]{whole * 1e3:.1f} ms[/] in all",
         highlight=False,
     )
-    console.print(_picture(rows, whole, culprit.occurred_at >= 0))
+    console.print(_picture(rows, whole))
     if every_rank:
         console.print(_ranks(incident))
 
 
-def _picture(rows: list[Segment], whole: float, fault_seen: bool) -> Table:
+def _picture(rows: list[Segment], whole: float) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 2))
-    table.add_column("phase")
-    table.add_column("ms", justify="right")
-    table.add_column("at", justify="right")
-    table.add_column("")
-    table.add_column("last", justify="right")
-    table.add_column("")
+    table.add_column("phase", no_wrap=True)
+    table.add_column("ms", justify="right", no_wrap=True)
+    table.add_column("at", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("last", no_wrap=True)
     for row in rows:
         if row.end is None:
-            note = (
-                "not observed"
-                if row.name != "detected" or fault_seen
-                else "not observed (the kernel tells no time of death)"
-            )
-            table.add_row(row.name, "", "", Text(note, style="dim"), "", "")
+            table.add_row(row.name, "", "", Text("not observed", style="dim"), "")
             continue
-        left = round(BAR_WIDTH * row.begin / whole) if whole else 0
+        left = min(int(BAR_WIDTH * row.begin / whole), BAR_WIDTH - 1) if whole else 0
         right = round(BAR_WIDTH * row.end / whole) if whole else 0
-        bar = " " * min(left, BAR_WIDTH - 1) + "█" * max(1, right - left)
+        bar = " " * left + "█" * max(1, right - left)
         table.add_row(
             row.name,
             f"{(row.end - row.begin) * 1e3:.1f}",
             f"{row.end * 1e3:.1f}",
-            Text(bar.ljust(BAR_WIDTH + 1), style="cyan"),
+            Text(bar.ljust(BAR_WIDTH), style="cyan"),
             "" if row.rank is None else f"rank {row.rank}",
-            Text(row.meaning, style="dim"),
         )
     return table
 

@@ -1,0 +1,160 @@
+"""Training on four ranks survives its faults and ends with the very same parameters."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from standalone import Standalone, standalone, wait_for
+
+pytestmark = pytest.mark.integration
+
+STEPS = 120
+EVERY = 10
+FOUR = ("--nproc-per-node", "4")
+PACE = ("--steps", str(STEPS), "--every", str(EVERY), "--pause", "0.01")
+KILLS = int(os.environ.get("SEAMARK_KILLS", "10"))
+"""The proof is 100: ``SEAMARK_KILLS=100 scripts/test.sh -k many_kills``."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The digest of a run that nothing happened to; another seed gives another."""
+    digests = []
+    for seed in (0, 1):
+        with standalone(tmp_path_factory.mktemp("undisturbed"), *FOUR, arguments=(*PACE, "--seed", str(seed))) as run:
+            assert run.finish() == 0, run.text() + run.logs()
+            (digest,) = run.digests()
+            assert run.incidents() == []
+            digests.append(digest)
+    assert digests[0] != digests[1]
+    yield digests[0]
+
+
+def check_end(run: Standalone, undisturbed: str, *, iterations: int) -> list[dict[str, Any]]:
+    """The run succeeded with equal parameters, resumed from a checkpoint, and its records tell the truth."""
+    assert run.finish() == 0, run.text() + run.logs()
+    assert run.digests() == {undisturbed}
+    resumed = [report for report in run.reports(0) if report["event"] == "resumed" and report["iteration"] > 0]
+    assert [report["iteration"] for report in resumed] == list(range(1, iterations + 1))
+    assert all(report["step"] > 0 for report in resumed)
+    executed = sum(report["event"] == "step" for report in run.reports(1))
+    assert executed <= STEPS + iterations * EVERY
+    incidents = run.incidents()
+    assert [incident["next_iteration"] for incident in incidents] == list(range(1, iterations + 1))
+    return incidents
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_kill_of_one_rank(tmp_path: Path, undisturbed: str, rank: int) -> None:
+    with standalone(tmp_path, *FOUR, arguments=PACE) as run:
+        run.wait_step(1, STEPS // 2, 0)
+        run.kill(rank)
+        (incident,) = check_end(run, undisturbed, iterations=1)
+    (failure,) = incident["failures"]
+    assert (failure["rank"], failure["kind"], failure["cause"]["status"]) == (rank, "lost", 9)
+    assert set(incident["stamps"]) == {f"job/{other}" for other in range(4)}
+
+
+def test_kill_of_two_at_once(tmp_path: Path, undisturbed: str) -> None:
+    with standalone(tmp_path, *FOUR, arguments=PACE) as run:
+        run.wait_step(0, STEPS // 2, 0)
+        run.kill(1, 3)
+        (incident,) = check_end(run, undisturbed, iterations=1)
+    assert {failure["rank"] for failure in incident["failures"]} == {1, 3}
+
+
+def test_kill_of_two_shortly_after_each_other_swept(tmp_path: Path, undisturbed: str) -> None:
+    gaps = [0.005, 0.015, 0.03, 0.05]
+    with standalone(tmp_path, *FOUR, "--max-restarts", "100", arguments=PACE) as run:
+        iteration = 0
+        for number, gap in enumerate(gaps):
+            run.wait_step(0, int(STEPS * (0.25 + 0.12 * number)), iteration)
+            before = {rank: run.pid(rank) for rank in (1, 2)}
+            run.kill(1, 2, gap=gap)
+            wait_for("both are replaced", lambda pids=before: all(run.pid(rank) != pid for rank, pid in pids.items()))
+            iteration = wait_for("a new iteration", lambda: _common_iteration(run))
+        assert run.finish() == 0, run.text() + run.logs()
+        assert run.digests() == {undisturbed}
+        incidents = run.incidents()
+    assert sum(len(incident["failures"]) for incident in incidents) == 2 * len(gaps)
+    assert len(gaps) <= len(incidents) <= 2 * len(gaps)
+
+
+def _common_iteration(run: Standalone) -> int | None:
+    """The iteration in which all ranks have done a step, if it is the same and nobody has entered a later one."""
+    steps = [run.latest(rank, "step") for rank in range(4)]
+    entered = [run.latest(rank, "entered") for rank in range(4)]
+    iterations = {report["iteration"] for report in [*steps, *entered] if report}
+    return iterations.pop() if len(iterations) == 1 and None not in steps else None
+
+
+@pytest.mark.parametrize("victim", [1, 3])
+def test_kill_while_the_others_are_in_init_process_group(tmp_path: Path, undisturbed: str, victim: int) -> None:
+    with standalone(tmp_path, *FOUR, arguments=(*PACE, "--init-pause", "3600")) as run:
+        for rank in range(4):
+            run.wait_entered(rank, 0)
+        run.kill(victim)
+        assert run.finish() == 0, run.text() + run.logs()
+        assert run.digests() == {undisturbed}
+        (incident,) = run.incidents()
+    assert [failure["rank"] for failure in incident["failures"]] == [victim]
+
+
+def test_an_exception_on_one_rank(tmp_path: Path, undisturbed: str) -> None:
+    with standalone(tmp_path, *FOUR, arguments=(*PACE, "--raise-at", f"2:{STEPS // 2}")) as run:
+        (incident,) = check_end(run, undisturbed, iterations=1)
+        pids = {report["pid"] for rank in range(4) for report in run.reports(rank)}
+    assert len(pids) == 4, "an exception restarts nobody's process"
+    (failure,) = incident["failures"]
+    assert (failure["rank"], failure["kind"]) == (2, "faulted")
+    assert failure["cause"]["text"].startswith("ValueError: asked to fail")
+
+
+def test_many_kills(tmp_path: Path) -> None:
+    """One kill is one event, one incident with the right culprit, one restart, one iteration."""
+    chance = random.Random(KILLS)
+    culprits = []
+    arguments = ("--steps", "1000000", "--every", "5", "--pause", "0.005")
+    with standalone(tmp_path, *FOUR, "--max-restarts", "1000", arguments=arguments) as run:
+        for iteration in range(KILLS):
+            ready = [run.wait_entered(rank, iteration, "step") for rank in range(4)]
+            step = max(report["step"] for report in ready) + chance.randrange(20)
+            run.wait_step(0, step, iteration)
+            culprits.append(chance.randrange(4))
+            run.kill(culprits[-1])
+        for rank in range(4):
+            last = run.wait_entered(rank, KILLS, "step")
+            assert last["iteration"] == KILLS
+        entered = run.latest(0, "entered")
+        incidents = wait_for("the last timeline", lambda: _complete(run.incidents()))
+    assert entered is not None
+    assert (entered["iteration"], entered["restarts"]) == (KILLS, KILLS)
+    assert [len(incident["failures"]) for incident in incidents] == [1] * KILLS
+    assert [incident["failures"][0]["rank"] for incident in incidents] == culprits
+    assert [(one["iteration"], one["next_iteration"]) for one in incidents] == [(n, n + 1) for n in range(KILLS)]
+
+
+def _complete(incidents: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    return incidents if len(incidents) == KILLS and len(incidents[-1]["stamps"]) == 4 else None
+
+
+def test_fifty_restarts_leave_threads_and_descriptors_where_they_were(tmp_path: Path) -> None:
+    arguments = ("--steps", "1000000", "--every", "1000000", "--counts")
+    with standalone(tmp_path, *FOUR, "--max-restarts", "100", arguments=arguments) as run:
+        for iteration in range(51):
+            run.wait_step(0, 6, iteration)
+            if iteration < 50:
+                run.kill(3)
+        counts = [
+            [(r["threads"], r["fds"]) for r in run.reports(rank) if "threads" in r and r["iteration"] > 0]
+            for rank in (0, 1, 2)
+        ]
+    for rank, seen in enumerate(counts):
+        assert len(seen) >= 45, f"rank {rank}"
+        assert max(seen[-10:]) <= max(seen[:10]), f"rank {rank} has (threads, descriptors) {seen}"

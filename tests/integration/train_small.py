@@ -1,0 +1,95 @@
+"""A tiny DDP training whose end is comparable bit by bit, and which says on the way what it does.
+
+Each rank appends a JSON line per event to ``<out>/rank_<initial rank>.jsonl``: entered, step, done. Faults are asked
+for by the test from outside (kill) or by ``--raise-at RANK:STEP`` (an exception, in iteration 0 only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import seamark
+from seamark import checkpoints
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--out", type=Path, required=True)
+parser.add_argument("--steps", type=int, default=120)
+parser.add_argument("--every", type=int, default=10)
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--pause", type=float, default=0.0, help="seconds each step takes at least")
+parser.add_argument("--raise-at", default="", help="RANK:STEP")
+parser.add_argument("--init-pause", type=float, default=0.0, help="seconds rank 3 waits before init_process_group")
+parser.add_argument("--counts", action="store_true", help="report threads and descriptors after each entry")
+options = parser.parse_args()
+options.out.mkdir(parents=True, exist_ok=True)
+log = (options.out / f"rank_{os.environ['RANK']}.jsonl").open("a", buffering=1)
+
+
+def say(**fields: Any) -> None:
+    log.write(json.dumps({"at": time.monotonic(), "pid": os.getpid(), **fields}) + "\n")
+
+
+def digest(model: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        sha.update(name.encode() + parameter.detach().numpy().tobytes())
+    return sha.hexdigest()
+
+
+@seamark.Wrapper()
+def train(call: seamark.CallWrapper) -> str:
+    rank = call.state.rank
+    say(event="entered", iteration=call.iteration, rank=rank, restarts=call.state.restarts)
+    if rank == 3 and call.iteration == 0:
+        time.sleep(options.init_pause)
+    dist.init_process_group("gloo")
+    say(event="initialised", iteration=call.iteration, rank=rank)
+    torch.manual_seed(options.seed)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    choice = [checkpoints.latest(options.out / "checkpoints") if rank == 0 else None]
+    dist.broadcast_object_list(choice)
+    resumed = choice[0].step if choice[0] else 0
+    if choice[0]:
+        state = checkpoints.load(choice[0])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    say(event="resumed", iteration=call.iteration, rank=rank, step=resumed)
+    for step in range(resumed + 1, options.steps + 1):
+        until = time.monotonic() + options.pause
+        if options.raise_at == f"{rank}:{step}" and call.iteration == 0:
+            raise ValueError("asked to fail")
+        data = torch.randn(16, 32, generator=torch.Generator().manual_seed(options.seed << 40 | step << 8 | rank))
+        loss = ddp(data).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        call.ping()
+        counts = {}
+        if options.counts and step == resumed + 5:
+            counts = {"threads": len(os.listdir("/proc/self/task")), "fds": len(os.listdir("/proc/self/fd"))}
+        say(event="step", iteration=call.iteration, rank=rank, step=step, **counts)
+        if rank == 0 and step % options.every == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoints.save(options.out / "checkpoints", step, state)
+        while time.monotonic() < until:
+            time.sleep(0.001)
+    return digest(model)
+
+
+if __name__ == "__main__":
+    sha256 = train()
+    say(event="done", sha256=sha256, leftover_threads=sorted(os.listdir("/proc/self/task")))
+    print("final parameters sha256", sha256)

@@ -1,0 +1,74 @@
+"""Silence is not absence: what a missed beat means."""
+
+from __future__ import annotations
+
+from seamark.protocol.messages import NodeHello
+from seamarkd.effects import Probe
+from seamarkd.lighthouse.nodes import AGENT_GRACE, BEAT_INTERVAL, NodeWatch
+
+
+def watch(*nodes: str, at: float = 0.0) -> NodeWatch:
+    watched = NodeWatch()
+    for node in nodes:
+        watched.hello(at, b"r-" + node.encode(), NodeHello(node, "i", f"tcp://{node}:1", 8))
+    return watched
+
+
+def beat_all_but(watched: NodeWatch, silent: str, now: float) -> None:
+    for node in watched.nodes:
+        if node != silent:
+            assert watched.beat(now, node, "i", b"r-" + node.encode())
+
+
+FOUR = ("a", "b", "c", "d")
+
+
+def test_three_missed_beats_are_probed_once_and_five_are_a_lost_host() -> None:
+    watched = watch(*FOUR)
+    beat_all_but(watched, "a", 0.35)
+    assert watched.tick(0.31) == ([Probe("a", "tcp://a:1")], [])
+    assert watched.tick(0.4) == ([], [])
+    watched.probed("a", "i", "silent")
+    beat_all_but(watched, "a", 0.5)
+    assert watched.tick(5 * BEAT_INTERVAL + 0.01) == ([], ["a"])
+    assert "a" not in watched.nodes
+
+
+def test_a_refused_probe_means_that_only_the_agent_is_down() -> None:
+    watched = watch(*FOUR)
+    watched.tick(0.31)
+    watched.probed("a", "i", "refused")
+    for step in range(1, int(AGENT_GRACE / BEAT_INTERVAL)):
+        beat_all_but(watched, "a", step * BEAT_INTERVAL)
+        assert watched.tick(step * BEAT_INTERVAL)[1] == []
+    beat_all_but(watched, "a", AGENT_GRACE + 0.1)
+    assert watched.tick(AGENT_GRACE + 0.1)[1] == ["a"]
+
+
+def test_a_beat_clears_the_suspicion() -> None:
+    watched = watch(*FOUR)
+    watched.tick(0.31)
+    watched.beat(0.4, "a", "i", b"r-a")
+    beat_all_but(watched, "a", 0.7)
+    watched.beat(0.7, "a", "i", b"r-a")
+    assert watched.tick(0.8) == ([], [])
+
+
+def test_when_many_are_silent_at_once_nobody_is_lost_and_it_is_said() -> None:
+    watched = watch(*FOUR)
+    assert len(watched.tick(0.31)[0]) == len(FOUR)
+    assert watched.tick(60.0)[1] == []
+    assert "4 of 4 nodes" in watched.sentence
+
+
+def test_the_lighthouse_s_own_pause_is_nobody_s_death() -> None:
+    watched = watch(*FOUR)
+    watched.late(60.0)
+    assert watched.tick(60.1) == ([], [])
+
+
+def test_a_stranger_and_an_old_session_are_told_to_register_again() -> None:
+    watched = watch("a")
+    assert not watched.beat(0.1, "x", "i", b"r-x")
+    assert not watched.beat(0.1, "a", "older", b"r-a")
+    assert not watched.beat(0.1, "a", "i", b"another route")
