@@ -121,6 +121,8 @@ def run_rows(rows: list[Row], work: Path, seed: int, deadline: float, console: C
             measure(row, directory, seed, deadline, on_sample)
             progress.stop_task(task)
             progress.update(task, last="failed" if row.error else "done")
+            if not console.is_terminal:
+                console.print(f"{name}: {len(row.samples)} of {scenario.faults} faults", markup=False)
 
 
 @click.command(epilog=EXAMPLES)

@@ -63,11 +63,15 @@ class Reports:
         """The highest attempt that any rank reported; -1 before the first report."""
         return max(self.attempts, default=-1)
 
-    def complete_attempt(self, world_size: int, after: int) -> int | None:
-        """The first attempt later than `after` in which ranks 0 to `world_size` - 1 all reported, if any."""
+    def complete_attempt(self, world_size: int, after: int, since: float = 0.0) -> int | None:
+        """The first attempt later than `after` in which ranks 0 to `world_size` - 1 all reported, if any.
+
+        `since`: CLOCK_MONOTONIC in seconds; what was reached before that answers an earlier fault.
+        """
         for attempt in sorted(self.attempts):
             ranks = self.attempts[attempt]
             whole = ranks.keys() == set(range(world_size))
-            if attempt > after and whole and all(r.world_size == world_size for r in ranks.values()):
+            answering = all(r.world_size == world_size and r.monotonic > since for r in ranks.values())
+            if attempt > after and whole and answering:
                 return attempt
         return None

@@ -108,8 +108,7 @@ class TrainingJob:
             time.sleep(POLL)
             self._reports.read()
             if self._reports.latest_attempt() > self._attempt:
-                self.unprovoked += 1
-                self._attempt = self._wait_for_attempt(RANKS, self._deadline)
+                self._wait_out_unprovoked()
                 until = time.monotonic() + seconds
 
     def fault(self, victim_rank: int) -> Sample:
@@ -118,7 +117,10 @@ class TrainingJob:
         before = self._attempt
         try:
             at = self._kill(victim) if self._scenario.fault == "kill" else self._make_raise(victim)
-            self._attempt = self._wait_for_attempt(self._scenario.world_after, self._deadline)
+            self._attempt = self._wait_for_attempt(self._scenario.world_after, self._deadline, since=at)
+        except ProcessLookupError:
+            self._wait_out_unprovoked()
+            return self.fault(victim_rank)
         except RecoveryMissed:
             return Sample(math.inf, victim_rank, victim.pid, before)
         reached = self._reports.attempts[self._attempt]
@@ -154,9 +156,13 @@ class TrainingJob:
         new = self._reports.faults[known:]
         return next((report.monotonic for report in new if report.pid == victim.pid), None)
 
-    def _wait_for_attempt(self, world_size: int, deadline: float) -> int:
+    def _wait_out_unprovoked(self) -> None:
+        self.unprovoked += 1
+        self._attempt = self._wait_for_attempt(RANKS, self._deadline)
+
+    def _wait_for_attempt(self, world_size: int, deadline: float, since: float = 0.0) -> int:
         after = self._attempt
-        return self._wait_for(lambda: self._reports.complete_attempt(world_size, after), deadline)
+        return self._wait_for(lambda: self._reports.complete_attempt(world_size, after, since), deadline)
 
     def _wait_for(self, condition: Callable[[], T | None], deadline: float) -> T:
         until = time.monotonic() + deadline

@@ -237,9 +237,7 @@ class Canaries:
             ValueError: more than `MAX_CANARIES`.
         """
         self._silence = os.eventfd(0, os.EFD_CLOEXEC)
-        threads = [
-            threading.Thread(target=self._wait, name=f"seamark-canary-{n}", daemon=True) for n in range(count)
-        ]
+        threads = [threading.Thread(target=self._wait, name=f"seamark-canary-{n}", daemon=True) for n in range(count)]
         usual_bytes = threading.stack_size(_CANARY_STACK_BYTES)
         try:
             for thread in threads:

@@ -45,7 +45,17 @@ class Standalone:
             "XDG_RUNTIME_DIR": str(home / "run"),
             "XDG_STATE_HOME": str(home / "state"),
         }
-        command = [sys.executable, "-m", "seamarkd.cli", "run", "--standalone", "--name", self.name, *options, str(script)]
+        command = [
+            sys.executable,
+            "-m",
+            "seamarkd.cli",
+            "run",
+            "--standalone",
+            "--name",
+            self.name,
+            *options,
+            str(script),
+        ]
         if script == TRAINING:
             command += ["--out", str(self.out)]
         self.output = (home / "output").open("w+")
@@ -114,7 +124,10 @@ class Standalone:
     def incidents(self) -> list[dict[str, Any]]:
         done = subprocess.run(
             [sys.executable, "-m", "seamarkd.cli", "why", self.name, "--json"],
-            env=self.env, capture_output=True, text=True, check=True,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return list(json.loads(done.stdout))
 

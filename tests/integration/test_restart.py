@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from standalone import Standalone, standalone, wait_for
 
 pytestmark = pytest.mark.integration

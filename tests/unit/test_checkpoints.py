@@ -110,9 +110,7 @@ def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
         ([9], 4, 2, [4, 9]),
     ],
 )
-def test_only_the_newest_are_kept(
-    tmp_path: Path, before: list[int], step: int, keep: int, after: list[int]
-) -> None:
+def test_only_the_newest_are_kept(tmp_path: Path, before: list[int], step: int, keep: int, after: list[int]) -> None:
     saved(tmp_path, *before)
     saved(tmp_path, step, keep=keep)
     assert names(tmp_path) == files_of(*after)
@@ -259,9 +257,7 @@ def test_when_nothing_valid_is_left_it_is_said(tmp_path: Path, caplog: pytest.Lo
     for path in saved(tmp_path, 1, 2):
         halve(path)
     assert checkpoints.latest(tmp_path) is None
-    assert [f"{tmp_path} holds no valid checkpoint." in record.getMessage() for record in caplog.records] == [
-        True
-    ] * 2
+    assert [f"{tmp_path} holds no valid checkpoint." in record.getMessage() for record in caplog.records] == [True] * 2
 
 
 def test_a_checkpoint_without_marker_is_passed_over_in_silence(
@@ -291,8 +287,7 @@ marker_like = st.fixed_dictionaries(
 
 
 @given(
-    content=st.binary(max_size=600)
-    | st.one_of(json_values, marker_like).map(lambda value: json.dumps(value).encode())
+    content=st.binary(max_size=600) | st.one_of(json_values, marker_like).map(lambda value: json.dumps(value).encode())
 )
 def test_no_marker_that_save_did_not_write_is_believed(
     content: bytes, tmp_path_factory: pytest.TempPathFactory
@@ -310,16 +305,12 @@ def test_no_marker_that_save_did_not_write_is_believed(
     ("damage", "reason"),
     [(Path.unlink, "No such file"), (halve, "bytes, not"), (flip(2), "nothing that torch loads")],
 )
-def test_loading_what_changed_since_it_was_found(
-    tmp_path: Path, damage: Callable[[Path], None], reason: str
-) -> None:
+def test_loading_what_changed_since_it_was_found(tmp_path: Path, damage: Callable[[Path], None], reason: str) -> None:
     (path,) = saved(tmp_path, 1)
     found = checkpoints.latest(tmp_path)
     assert found is not None
     damage(path)
-    with pytest.raises(
-        CheckpointError, match=f"step_00000001.pt .*{reason}.*Resume from what `latest` returns now"
-    ):
+    with pytest.raises(CheckpointError, match=f"step_00000001.pt .*{reason}.*Resume from what `latest` returns now"):
         checkpoints.load(found)
 
 
@@ -468,9 +459,7 @@ class PoweredDisk:
     """
 
     def __init__(self) -> None:
-        self.values: dict[
-            str, list[int | None]
-        ] = {}  # name -> its file since the last fsync of its directory
+        self.values: dict[str, list[int | None]] = {}  # name -> its file since the last fsync of its directory
         self.safe: set[int] = set()  # files whose bytes are on the disk
         self.numbers = itertools.count()
 
@@ -503,9 +492,7 @@ class PoweredDisk:
     def images(self) -> Iterator[dict[str, bool]]:
         """Each possible content: the names that are there, and whether their bytes are."""
         for choice in itertools.product(*self.values.values()):
-            present = {
-                name: number for name, number in zip(self.values, choice, strict=True) if number is not None
-            }
+            present = {name: number for name, number in zip(self.values, choice, strict=True) if number is not None}
             doubtful = sorted({number for number in present.values() if number not in self.safe})
             for whole in itertools.product((False, True), repeat=len(doubtful)):
                 known = dict(zip(doubtful, whole, strict=True))
@@ -513,9 +500,7 @@ class PoweredDisk:
                 yield {name: ok for name, ok in image.items() if os.path.dirname(name) in ("", *image)}
 
 
-def broken_promises(
-    calls: list[Call], *, acknowledged_before: int | None, acknowledged_after: int
-) -> set[str]:
+def broken_promises(calls: list[Call], *, acknowledged_before: int | None, acknowledged_after: int) -> set[str]:
     """What a power cut before, between or after these calls of one save could break."""
     disk = PoweredDisk()
     if acknowledged_before is not None:
@@ -530,11 +515,7 @@ def broken_promises(
             disk.apply(calls[done - 1])
         acknowledged = acknowledged_after if done == len(calls) else acknowledged_before
         for image in disk.images():
-            marked = [
-                name.removesuffix(".done")
-                for name, whole in image.items()
-                if name.endswith(".done") and whole
-            ]
+            marked = [name.removesuffix(".done") for name, whole in image.items() if name.endswith(".done") and whole]
             valid = [int(name[-8:]) for name in marked if image.get(f"{name}.pt")]
             if len(valid) < len(marked):
                 broken.add("a marker vouches for a file that is missing or torn")
@@ -655,15 +636,11 @@ def test_killed_after_each_call(tmp_path: Path, calls: int) -> None:
     assert assert_intact(tmp_path, 1) == step
     saved(tmp_path, 2, 3, keep=1)
     assert (
-        files_of(3)
-        <= names(tmp_path)
-        <= files_of(3) | {"step_00000002.pt.quarantined", "step_00000001.pt.quarantined"}
+        files_of(3) <= names(tmp_path) <= files_of(3) | {"step_00000002.pt.quarantined", "step_00000001.pt.quarantined"}
     )
 
 
-def test_a_reader_slower_than_the_writer_always_finds_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_reader_slower_than_the_writer_always_finds_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved(tmp_path, 0)
     pid = forked(lambda: saved(tmp_path, *range(1, 10_000), keep=1))
     try:
@@ -714,9 +691,7 @@ def test_a_disk_too_full_for_the_marker_leaves_the_earlier_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     rename = os.replace
-    monkeypatch.setattr(
-        os, "replace", lambda old, new: refuse() if str(new).endswith(".done") else rename(old, new)
-    )
+    monkeypatch.setattr(os, "replace", lambda old, new: refuse() if str(new).endswith(".done") else rename(old, new))
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoints.save(tmp_path, 2, payload_of(2), keep=1)
     assert names(tmp_path) == files_of(1) | {"step_00000002.pt"}
@@ -792,8 +767,7 @@ def test_clean_says_what_it_did(tmp_path: Path) -> None:
         "Removed step_00000005.pt.tmp: the save that wrote it did not finish.",
         "Removed step_00000006.done.tmp: the save that wrote it did not finish.",
         "Removed step_00000002.done: the checkpoint that it vouches for is missing.",
-        "Renamed step_00000003.pt to step_00000003.pt.quarantined: "
-        "it has no marker, so its save did not finish.",
+        "Renamed step_00000003.pt to step_00000003.pt.quarantined: it has no marker, so its save did not finish.",
     ]
     others = {"other.tmp", "step_7.pt", "step_000000008.pt", "step_00000003.pt.quarantined"}
     assert names(tmp_path) == files_of(1, 4) | others

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from seamark.protocol import messages
 from seamark.protocol.codec import MAX_BODY, ProtocolError, Reason, decode, encode
 from seamark.protocol.messages import TYPES, VERSION, Beat, FailureEvent, Message
@@ -60,7 +61,12 @@ def test_any_frames_give_a_message_or_a_reason(frames: list[bytes]) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=8) | st.binary(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=20,
 )
@@ -103,7 +109,9 @@ def test_environment_values_that_are_not_utf8_survive() -> None:
 
 def test_a_planted_defect_makes_the_round_trip_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     message = Beat(node="n0", incarnation="i", sequence=1)
-    monkeypatch.setattr("seamark.protocol.codec.msgspec.to_builtins", lambda m: {"node": "x", "incarnation": "i", "sequence": 1})
+    monkeypatch.setattr(
+        "seamark.protocol.codec.msgspec.to_builtins", lambda m: {"node": "x", "incarnation": "i", "sequence": 1}
+    )
     assert decode(encode(message)) != message
 
 
@@ -119,7 +127,11 @@ def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
     limits: dict[str, typing.Any] = {}
     if typing.get_origin(hint) is typing.Annotated:
         hint, meta = typing.get_args(hint)
-        limits = {name: value for name in ("ge", "le", "lt", "min_length", "max_length") if (value := getattr(meta, name)) is not None}
+        limits = {
+            name: value
+            for name in ("ge", "le", "lt", "min_length", "max_length")
+            if (value := getattr(meta, name)) is not None
+        }
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return st.sampled_from(arguments)
@@ -140,6 +152,12 @@ def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
 
 def test_a_time_that_is_not_a_number_is_refused() -> None:
     failure = {"kind": "lost", "member": "j/0", "incarnation": "i", "rank": 0, "node": "n", "iteration": 0}
-    failure |= {"cause": {"kind": "node"}, "occurred_at": float("nan"), "detected_at": 0.0, "published_at": 0.0, "detector": ""}
+    failure |= {
+        "cause": {"kind": "node"},
+        "occurred_at": float("nan"),
+        "detected_at": 0.0,
+        "published_at": 0.0,
+        "detector": "",
+    }
     body = {"job": "j", "group": "ranks", "epoch": 1, "sequence": 1, "failure": failure}
     assert reason_of([b"SM" + bytes((VERSION, FailureEvent.type_id)), msgpack.packb(body)]) is Reason.FIELDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import pytest
+
 from seamark.protocol.messages import (
     RANKS,
     Cause,
@@ -61,7 +62,9 @@ class Bench:
         return [effect.message for effect in self.said if isinstance(effect, Send) and isinstance(effect.message, kind)]
 
     def published(self, kind: type[T]) -> list[T]:
-        return [effect.message for effect in self.said if isinstance(effect, Publish) and isinstance(effect.message, kind)]
+        return [
+            effect.message for effect in self.said if isinstance(effect, Publish) and isinstance(effect.message, kind)
+        ]
 
     def start(self, member: str, generation: int = 0) -> None:
         started = MemberStarted(0, "job", generation, member, self.incarnations[member], "n0")
@@ -72,8 +75,16 @@ class Bench:
             member = f"job/{rank}"
             self.request += 1
             join = Join(
-                job="job", group=RANKS, generation=generation, member=member, incarnation=self.incarnations[member],
-                request=self.request, iteration=self.last[member], restarts=0, quorum_id=0, quorum_members=[],
+                job="job",
+                group=RANKS,
+                generation=generation,
+                member=member,
+                incarnation=self.incarnations[member],
+                request=self.request,
+                iteration=self.last[member],
+                restarts=0,
+                quorum_id=0,
+                quorum_members=[],
                 commit_failures=1 if self.last[member] >= 0 else 0,
             )
             answers = self.do(self.group.join(self.now, f"w{rank}".encode(), join))
@@ -111,8 +122,19 @@ def members() -> list[str]:
 
 def roster(generation: int, base: int = -1) -> Roster:
     spec = JobSpec(
-        name="job", argv=["train.py"], module=False, python="python", cwd="/", env={}, min_nodes=1, max_nodes=1,
-        nproc_per_node=WORLD, policy="replace", max_restarts=3, checkpoint_dir="", log_dir="/tmp",
+        name="job",
+        argv=["train.py"],
+        module=False,
+        python="python",
+        cwd="/",
+        env={},
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=WORLD,
+        policy="replace",
+        max_restarts=3,
+        checkpoint_dir="",
+        log_dir="/tmp",
     )
     slots = [Slot(member, rank, rank, "n0", 0) for rank, member in enumerate(members())]
     return Roster(1, "job", generation, "replace", WORLD, slots, STORE, "127.0.0.1", 29500, base, 30.0, 120.0, 3, spec)
@@ -242,7 +264,11 @@ def test_a_replacement_that_dies_before_it_joins_is_waited_for_again(running: Be
     running.lose(1)
     running.join(0, 2, 3)
     running.lose(1)
-    assert {one.member for reset in running.sent(QuorumReset) for one in reset.recipients} == {"job/0", "job/2", "job/3"}
+    assert {one.member for reset in running.sent(QuorumReset) for one in reset.recipients} == {
+        "job/0",
+        "job/2",
+        "job/3",
+    }
     running.join(0, 2, 3, 1)
     assert [one.iteration for one in running.published(QuorumEvent)] == [1]
 
@@ -298,7 +324,11 @@ def test_nobody_leaves_before_all_have_completed(running: Bench) -> None:
 def test_a_loss_before_the_last_completion_sends_everybody_in_again(running: Bench) -> None:
     running.complete(0, 1, 2)
     running.lose(3)
-    assert {one.member for reset in running.sent(QuorumReset) for one in reset.recipients} == {"job/0", "job/1", "job/2"}
+    assert {one.member for reset in running.sent(QuorumReset) for one in reset.recipients} == {
+        "job/0",
+        "job/1",
+        "job/2",
+    }
     running.join(0, 1, 2, 3)
     running.complete(0, 1, 2, 3, iteration=1)
     assert running.group.done

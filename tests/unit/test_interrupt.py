@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+
 from seamark.inprocess.exceptions import RestartError, RestartInterrupt
 from seamark.inprocess.interrupt import DEFAULT_SIGNAL, REPEAT_INTERVAL, Interrupter
 

@@ -516,7 +516,7 @@ class FollowJob(Message, frozen=True):
 
 
 class JobStatus(Message, frozen=True):
-    """Where a job stands. ``result`` is a sentence once it has ended, ``log_tail`` what the culprit last printed."""
+    """Where a job stands. ``notice`` is advice that stays, ``result`` a sentence once it has ended."""
 
     type_id = 42
     direction = "coordinator -> operator"
@@ -532,6 +532,7 @@ class JobStatus(Message, frozen=True):
     step: Count
     pids: dict[str, int]
     sentence: Text
+    notice: Text
     result: Text
     log_tail: list[str]
     incidents: Count

@@ -377,7 +377,7 @@ class KeeperClient:
             self._end(request_id)
 
     async def acknowledge(self, slot: str, incarnation: str, *, timeout: float = REQUEST_TIMEOUT) -> None:
-        """Have the keeper forget a process that ended.
+        """Have the keeper forget a process that ended; what is left of its group is out of reach then.
 
         Raises:
             KeeperError: it lives (`code` "alive"), or is unknown (`code` "unknown_process").
@@ -490,9 +490,7 @@ class KeeperClient:
     def _receive(self) -> None:
         while self._why_closed is None:
             try:
-                size, ancillary, _, _ = self._sock.recvmsg_into(
-                    [self._buffer], _SPACE_FOR_TWO, socket.MSG_CMSG_CLOEXEC
-                )
+                size, ancillary, _, _ = self._sock.recvmsg_into([self._buffer], _SPACE_FOR_TWO, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
             except OSError as error:

@@ -14,6 +14,7 @@ from types import FrameType
 import click
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.text import Text
 
 from seamark.protocol.messages import FollowJob, JobSpec, JobStatus, StopJob, SubmitJob
@@ -25,6 +26,8 @@ from seamarkd.standalone import Standalone
 
 FOLLOW_INTERVAL = 3.0
 POLL = 0.25
+SAY_INTERVAL = 10.0
+"""Seconds between two lines where there is no terminal and nothing new to say."""
 SECOND_CTRL_C_WITHIN = 5.0
 ANSWER_TIMEOUT = 10.0
 RESULT_CODES = {"SUCCEEDED": SUCCEEDED, "FAILED": FAILED, "ABORTED": ABORTED, "CANCELLED": INTERRUPTED}
@@ -176,6 +179,10 @@ class Follower:
         self._interrupts: list[float] = []
         self._terminated = False
         self._asked_to_stop = False
+        self._named = False
+        self._noticed = ""
+        self._said = ""
+        self._said_at = 0.0
 
     def run(self) -> int:
         """Submits the job and returns the command's exit code."""
@@ -186,10 +193,10 @@ class Follower:
         }
         try:
             status = self._operator.ask(lambda n: SubmitJob(n, self._spec), JobStatus, ANSWER_TIMEOUT)
-            self._console.print(f"job [bold]{self._spec.name}[/], logs in {self._spec.log_dir}", highlight=False)
+            self._print(f"job {self._spec.name}, logs in {self._spec.log_dir}")
             status = self._follow(status)
         except RefusedError as error:
-            self._console.print(f"seamark: {error}", highlight=False)
+            self._print(f"seamark: {error}")
             return CONFIGURATION
         finally:
             for signum, handler in previous.items():
@@ -198,15 +205,11 @@ class Follower:
 
     def _follow(self, status: JobStatus) -> JobStatus:
         terminal = self._console.is_terminal
-        with Live(console=self._console, auto_refresh=False, transient=True) if terminal else nullcontext() as live:
-            said = ""
+        live = Live(console=self._console, auto_refresh=False, transient=True) if terminal else None
+        with live or nullcontext():
             ask_at = time.monotonic() + FOLLOW_INTERVAL
             while status.state not in ENDED:
-                if live is not None:
-                    live.update(line(status), refresh=True)
-                elif (now_said := f"{status.state.lower()}: {status.sentence}") != said:
-                    said = now_said
-                    self._console.print(line(status), highlight=False, soft_wrap=True)
+                self._show(status, live)
                 message = self._operator.receive(POLL)
                 if isinstance(message, JobStatus):
                     status = message
@@ -215,6 +218,24 @@ class Follower:
                     self._operator.tell(lambda n: FollowJob(n, self._spec.name))
                 self._stop_if_asked(terminal)
         return status
+
+    def _show(self, status: JobStatus, live: Live | None) -> None:
+        if status.state == "RUNNING" and not self._named and len(status.pids) == status.world_size:
+            self._named = True
+            ranks = sorted((int(member.rpartition("/")[2]), pid) for member, pid in status.pids.items())
+            self._print(", ".join(f"rank {rank} pid {pid}" for rank, pid in ranks))
+        if status.notice != self._noticed:
+            self._noticed = status.notice
+            self._print(f"note: {status.notice}")
+        now = time.monotonic()
+        if live is not None:
+            live.update(line(status), refresh=True)
+        elif status.sentence != self._said or now - self._said_at >= SAY_INTERVAL:
+            self._said, self._said_at = status.sentence, now
+            self._print(line(status))
+
+    def _print(self, text: str | Text, *, markup: bool = False) -> None:
+        self._console.print(text, markup=markup, highlight=False, soft_wrap=True)
 
     def _stop_if_asked(self, terminal: bool) -> None:
         if self._asked_to_stop:
@@ -232,7 +253,7 @@ class Follower:
         now = time.monotonic()
         self._interrupts = [at for at in self._interrupts if now - at < SECOND_CTRL_C_WITHIN] + [now]
         if self._console.is_terminal and len(self._interrupts) == 1:
-            self._console.print(f"Ctrl-C again within {SECOND_CTRL_C_WITHIN:g} s stops the job")
+            self._print(f"Ctrl-C again within {SECOND_CTRL_C_WITHIN:g} s stops the job")
 
     def _on_terminate(self, signum: int, frame: FrameType | None) -> None:
         self._terminated = True
@@ -240,18 +261,18 @@ class Follower:
     def _conclude(self, status: JobStatus) -> int:
         good = status.state == "SUCCEEDED"
         colour = "green" if good else "red"
-        restarts = f"{status.process_restarts} process restarts, {status.restarts} restarts in all"
-        self._console.print(
-            f"job {status.job} [{colour}]{status.state.lower()}[/]: {status.result} "
-            f"({status.running_for:.1f} s, {restarts})",
-            highlight=False,
+        counts = (
+            f"{status.running_for:.1f} s, {status.restarts} restarts, {status.process_restarts} of them of a process"
+        )
+        self._print(
+            f"job {status.job} [{colour}]{status.state.lower()}[/]: {escape(status.result)} ({counts})", markup=True
         )
         if status.log_tail and not good:
-            self._console.print("last lines of that rank's log:", highlight=False)
+            self._print("last lines of that rank's log:")
             for text in status.log_tail:
-                self._console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+                self._print(f"  {text}")
         if status.incidents:
-            self._console.print(f"what each restart cost: seamark why {status.job}", highlight=False)
+            self._print(f"what each restart cost: seamark why {status.job}")
         return TERMINATED if self._terminated else RESULT_CODES[status.state]
 
 

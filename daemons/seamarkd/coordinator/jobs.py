@@ -135,6 +135,7 @@ class Job:
     process_restarts: int = 0
     result: str = ""
     sentence: str = "waits for nodes"
+    notice: str = ""
     slots: list[Slot] = field(default_factory=list)
     store: StoreAddress = field(default_factory=StoreAddress)
     master_addr: str = ""
@@ -399,6 +400,7 @@ class Coordinator:
         if job.budget.spend(now):
             job.process_restarts += 1
             job.sentence = f"rank {rank} {how}; all workers are restarted"
+            job.notice = _unwrapped(job)
             return self._stop_workers(now, job, final=False)
         tried = (
             f"the {job.spec.max_restarts} restarts of --max-restarts are used up"
@@ -529,6 +531,7 @@ def status(job: Job, now: float, request: int = 0) -> JobStatus:
         step=max(job.step.values(), default=0),
         pids={member: process.pid for member, process in job.processes.items() if process.alive},
         sentence=job.sentence,
+        notice=job.notice,
         result=job.result if job.state in ENDED else "",
         log_tail=job.log_tail if job.state in ENDED else [],
         incidents=job.incidents.count,
@@ -561,6 +564,16 @@ def _persist(job: Job) -> Persist:
 def first_line(text: str) -> str:
     """The first line of a text, for a sentence."""
     return text.strip().split("\n", 1)[0]
+
+
+def _unwrapped(job: Job) -> str:
+    """Why a failure restarted everybody under a policy that promises better, and what to do about it."""
+    if job.wrapped or job.spec.policy != "replace":
+        return ""
+    return (
+        "no rank reached seamark.Wrapper, and only a wrapped function can be restarted in process: every failure "
+        "restarts all ranks; wrap the training function, or ask for just that with --restart-policy any-failed"
+    )
 
 
 def _unknown(request: int, job: str) -> Refused:

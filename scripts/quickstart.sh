@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Shows what Seamark does, in a minute: trains a small GPT on four ranks, twice. The second run loses a rank to
+# kill -9 in mid-training. Both end with the same parameters, bit by bit.
+#
+# Leaves nothing behind but the virtual environment .venv, also when it is interrupted.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+scripts/install.sh
+began=$SECONDS
+PATH=$PWD/.venv/bin:$PATH
+steps=80
+kill_at=40
+place=$(mktemp -d "${TMPDIR:-/tmp}/seamark-quickstart.XXXXXX")
+mkdir -m 0700 "$place/run"
+export XDG_RUNTIME_DIR=$place/run XDG_STATE_HOME=$place/state
+run_pid=
+
+clean_up() {
+    trap - EXIT INT TERM
+    if [[ -n $run_pid ]] && kill -TERM "$run_pid" 2>/dev/null; then
+        wait "$run_pid" || true
+    fi
+    rm -rf "$place"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+say() { printf '\n== %s\n' "$*"; }
+
+# start NAME: runs the example as job NAME in the background.
+start() {
+    seamark run --standalone --name "$1" --nproc-per-node 4 --checkpoint-dir "$place/$1" --log-dir "$place/logs-$1" \
+        examples/train_bytes.py --steps "$steps" >"$place/$1.out" 2>&1 &
+    run_pid=$!
+}
+
+# finish NAME: waits for it; prints what it printed, and fails if it failed.
+finish() {
+    local code=0
+    wait "$run_pid" || code=$?
+    run_pid=
+    cat "$place/$1.out"
+    if ((code != 0)); then
+        echo "quickstart: job $1 ended with exit code $code" >&2
+        exit 1
+    fi
+}
+
+digest() { sed -n 's/^final parameters sha256 //p' "$place/logs-$1/rank_0.log" | tail -n 1; }
+
+say "1. an undisturbed run: four ranks, DDP over Gloo, $steps steps"
+start undisturbed
+finish undisturbed
+
+say "2. the same run, and kill -9 of rank 2 after step $kill_at"
+start killed
+until grep -qs "^step $kill_at " "$place/logs-killed/rank_0.log"; do
+    if ! kill -0 "$run_pid" 2>/dev/null; then
+        finish killed
+        echo "quickstart: the job ended before step $kill_at" >&2
+        exit 1
+    fi
+    sleep 0.05
+done
+victim=$(sed -n 's/.*rank 2 pid \([0-9]*\).*/\1/p' "$place/killed.out" | head -n 1)
+echo "kill -9 $victim"
+kill -9 "$victim"
+finish killed
+grep -h "^resumed from step [1-9]" "$place"/logs-killed/rank_0.log
+
+say "3. what happened: seamark why killed"
+seamark why killed
+
+say "4. the parameters at the end, SHA-256"
+echo "undisturbed  $(digest undisturbed)"
+echo "killed       $(digest killed)"
+if [[ -z $(digest killed) || $(digest undisturbed) != "$(digest killed)" ]]; then
+    echo "quickstart: the parameters differ" >&2
+    exit 1
+fi
+echo "equal: the kill cost some milliseconds and no work ($((SECONDS - began)) s after installation)"

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Runs every check: style, types, tests. Further arguments go to pytest.
+#
+#   scripts/test.sh                                all of it
+#   scripts/test.sh -m "not integration"           without the tests that start processes
+#   scripts/test.sh --repeat 10 -m integration     one part ten times, with a summary
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+repeat=1
+if [[ ${1:-} == --repeat ]]; then
+    repeat=${2:?--repeat needs a number}
+    shift 2
+fi
+scripts/install.sh dev
+PATH=$PWD/.venv/bin:$PATH
+
+ruff check .
+ruff format --check .
+mypy
+
+failed=0
+for ((round = 1; round <= repeat; round++)); do
+    began=$SECONDS
+    if ! pytest "$@"; then
+        failed=$((failed + 1))
+    fi
+    if ((repeat > 1)); then
+        echo "round $round of $repeat: $((SECONDS - began)) s, $failed failed so far"
+    fi
+done
+exit $((failed > 0))

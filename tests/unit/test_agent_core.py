@@ -1,0 +1,256 @@
+"""What an agent does about its workers: replace, report once, forward, stop."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from typing import TypeVar
+
+import pytest
+
+from seamark.protocol.messages import (
+    Acknowledged,
+    Completed,
+    JobSpec,
+    Join,
+    MemberLost,
+    MemberStarted,
+    Message,
+    PrepareStore,
+    QuorumAnswer,
+    Recipient,
+    Refused,
+    Roster,
+    Slot,
+    StopWorkers,
+    StoreAddress,
+    StoreLost,
+    StoreReady,
+    WorkerExited,
+    WorkerHello,
+    WorkerRegistered,
+    WorkersStopped,
+    WorkerStarted,
+)
+from seamarkd.agent.core import (
+    RESEND_INTERVAL,
+    Agent,
+    Effect,
+    SignalWorker,
+    StartStore,
+    StartWorker,
+    StopJobHere,
+    ToCoordinator,
+    ToLighthouse,
+    ToWorker,
+)
+
+T = TypeVar("T", bound=Message)
+NOW = 10.0
+STORE = StoreAddress("127.0.0.1", 20002, "store-0")
+
+
+def spec(policy: str = "replace") -> JobSpec:
+    return JobSpec(
+        name="job",
+        argv=["t.py"],
+        module=False,
+        python="python",
+        cwd="/",
+        env={},
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        policy=policy,
+        max_restarts=2,
+        checkpoint_dir="",
+        log_dir="/tmp",
+    )
+
+
+def roster(generation: int = 0, policy: str = "replace", allowance: int = 2) -> Roster:
+    slots = [Slot(f"job/{rank}", rank, rank, node, 0) for rank, node in enumerate(["here", "here", "there"])]
+    return Roster(
+        7, "job", generation, policy, 2, slots, STORE, "127.0.0.1", 20000, -1, 30.0, 120.0, allowance, spec(policy)
+    )
+
+
+class Bench:
+    """An agent with two started workers."""
+
+    def __init__(self, policy: str = "replace", allowance: int = 2, wrapped: bool = True) -> None:
+        numbers = itertools.count()
+        self.agent = Agent("here", lambda: f"i{next(numbers)}")
+        self.first = self.agent.from_coordinator(NOW, roster(policy=policy, allowance=allowance))
+        for incarnation, pid in (("i0", 100), ("i1", 101)):
+            self.agent.worker_started(NOW, "job", incarnation, pid, NOW)
+        if wrapped:
+            self.agent.from_worker(NOW, "i0", WorkerHello("job", "job/0", "i0", 100, True))
+            self.agent.from_worker(NOW, "i1", WorkerHello("job", "job/1", "i1", 101, True))
+
+    def die(self, incarnation: str = "i0") -> list[Effect]:
+        return self.agent.dying(NOW, "job", incarnation, "canary", NOW)
+
+    def exit(self, status: int, incarnation: str = "i0") -> list[Effect]:
+        return self.agent.exited(NOW, "job", incarnation, status, NOW, "/log", ["tail"])
+
+
+def to_lighthouse(effects: list[Effect], kind: type[T]) -> list[T]:
+    return [one.message for one in effects if isinstance(one, ToLighthouse) and isinstance(one.message, kind)]
+
+
+def to_coordinator(effects: list[Effect], kind: type[T]) -> list[T]:
+    return [one.message for one in effects if isinstance(one, ToCoordinator) and isinstance(one.message, kind)]
+
+
+def started(effects: list[Effect]) -> list[str]:
+    return [one.member for one in effects if isinstance(one, StartWorker)]
+
+
+def test_a_roster_starts_this_node_s_slots_and_announces_them() -> None:
+    effects = Bench().first
+    assert started(effects) == ["job/0", "job/1"]
+    assert [one.member for one in to_lighthouse(effects, MemberStarted)] == ["job/0", "job/1"]
+
+
+def test_the_same_roster_again_starts_nobody() -> None:
+    bench = Bench()
+    assert started(bench.agent.from_coordinator(NOW, roster())) == []
+
+
+def test_a_higher_generation_kills_the_old_and_starts_anew() -> None:
+    bench = Bench()
+    effects = bench.agent.from_coordinator(NOW, roster(generation=1))
+    assert [one.incarnation for one in effects if isinstance(one, SignalWorker)] == ["i0", "i1"]
+    assert started(effects) == ["job/0", "job/1"]
+    assert to_lighthouse(bench.exit(-9), MemberLost) == [], "a worker that was ordered to end is nobody's loss"
+
+
+def test_a_death_is_reported_together_with_its_replacement() -> None:
+    effects = Bench().die()
+    (lost,) = to_lighthouse(effects, MemberLost)
+    assert (lost.member, lost.incarnation, lost.replacement, lost.detector) == ("job/0", "i0", "i2", "canary")
+    assert started(effects) == ["job/0"]
+
+
+def test_death_and_exit_status_are_one_loss() -> None:
+    bench = Bench()
+    bench.die()
+    effects = bench.exit(-9)
+    assert to_lighthouse(effects, MemberLost) == []
+    (exited,) = to_coordinator(effects, WorkerExited)
+    assert (exited.status, exited.replacement, exited.charged, exited.log_tail) == (-9, "i2", 1, ["tail"])
+
+
+@pytest.mark.parametrize(
+    ("bench", "status", "replaced"),
+    [
+        pytest.param(Bench(), 1, True, id="an error"),
+        pytest.param(Bench(), -signal.SIGSEGV, True, id="a signal"),
+        pytest.param(Bench(), 0, True, id="exit 0 before the job completed"),
+        pytest.param(Bench(), 130, False, id="RestartAbort"),
+        pytest.param(Bench(allowance=0), 1, False, id="no allowance left"),
+        pytest.param(Bench(policy="any-failed"), 1, False, id="any-failed restarts all"),
+        pytest.param(Bench(wrapped=False), 1, False, id="nobody's wrapper holds the session together"),
+    ],
+)
+def test_who_is_replaced(bench: Bench, status: int, replaced: bool) -> None:
+    effects = bench.exit(status)
+    (lost,) = to_lighthouse(effects, MemberLost)
+    assert bool(lost.replacement) is replaced
+    assert bool(started(effects)) is replaced
+
+
+def test_a_worker_without_a_wrapper_has_completed_when_it_exits_0() -> None:
+    effects = Bench(wrapped=False).exit(0)
+    assert to_lighthouse(effects, MemberLost) == []
+    (exited,) = to_coordinator(effects, WorkerExited)
+    assert exited.completed
+
+
+def test_a_wrapped_worker_has_completed_when_the_lighthouse_says_so() -> None:
+    bench = Bench()
+    bench.agent.from_lighthouse(NOW, Completed("job", "ranks", [Recipient("job/0", "i0", 1)]))
+    effects = bench.exit(0)
+    assert to_lighthouse(effects, MemberLost) == []
+    assert to_coordinator(effects, WorkerExited)[0].completed
+
+
+def test_the_replacement_says_whom_it_replaces() -> None:
+    bench = Bench()
+    bench.die()
+    (message,) = to_coordinator(bench.agent.worker_started(NOW, "job", "i2", 102, NOW), WorkerStarted)
+    assert (message.member, message.replaces) == ("job/0", "i0")
+
+
+def test_requests_are_forwarded_and_answers_delivered_to_whom_they_are_for() -> None:
+    bench = Bench()
+    join = Join("job", "ranks", 0, "job/1", "i1", 1, -1, 0, 0, [])
+    assert bench.agent.from_worker(NOW, "i1", join) == [ToLighthouse(join)]
+    recipients = [Recipient("job/0", "i0", 1), Recipient("job/1", "i1", 1)]
+    answer = QuorumAnswer("job", "ranks", recipients, 1, 0, 0, 0, [], STORE)
+    assert bench.agent.from_lighthouse(NOW, answer) == [ToWorker("i0", answer), ToWorker("i1", answer)]
+    refused = Refused(1, "STALE_GENERATION", "no", "job", "job/1")
+    assert bench.agent.from_lighthouse(NOW, refused) == [ToWorker("i1", refused)]
+
+
+def test_a_worker_that_this_agent_did_not_start_is_refused() -> None:
+    (effect,) = Bench().agent.from_worker(NOW, "x", WorkerHello("job", "job/0", "x", 1, True))
+    assert isinstance(effect, ToWorker)
+    assert isinstance(effect.message, Refused)
+
+
+def test_a_worker_that_sends_an_operator_s_message_is_refused() -> None:
+    (effect,) = Bench().agent.from_worker(NOW, "i0", StopWorkers(1, "job", 0, 0.0, True))
+    assert isinstance(effect, ToWorker)
+    assert isinstance(effect.message, Refused)
+
+
+def test_a_wrapper_is_registered_once() -> None:
+    bench = Bench(wrapped=False)
+    hello = WorkerHello("job", "job/0", "i0", 100, True)
+    assert len(to_coordinator(bench.agent.from_worker(NOW, "i0", hello), WorkerRegistered)) == 1
+    assert to_coordinator(bench.agent.from_worker(NOW, "i0", hello), WorkerRegistered) == []
+    assert bench.agent.listening("job") == ["i0"]
+
+
+def test_reports_are_repeated_until_acknowledged() -> None:
+    bench = Bench()
+    bench.agent.tick(NOW)
+    for request in range(1, 10):
+        bench.agent.from_lighthouse(NOW, Acknowledged(request))
+    (lost,) = to_lighthouse(bench.die(), MemberLost)
+    assert bench.agent.tick(NOW + RESEND_INTERVAL / 2) == []
+    assert bench.agent.tick(NOW + RESEND_INTERVAL) == [ToLighthouse(lost)]
+    bench.agent.from_lighthouse(NOW, Acknowledged(lost.request))
+    assert bench.agent.tick(NOW + 60.0) == []
+
+
+def test_the_store_is_started_once_per_order_and_its_death_is_repaired() -> None:
+    agent = Agent("here", lambda: "s0")
+    order = PrepareStore(3, 0, spec())
+    assert agent.from_coordinator(NOW, order) == [StartStore("job", "s0", 0)]
+    assert agent.from_coordinator(NOW, order) == []
+    (ready,) = to_coordinator(agent.store_started("job", STORE, 20000), StoreReady)
+    assert (ready.request, ready.master_port, ready.store) == (3, 20000, STORE)
+    agent.from_coordinator(NOW, roster())
+    assert [type(one) for one in agent.store_exited("job")] == [StartStore]
+    (lost,) = to_lighthouse(agent.store_restarted(NOW, "job", NOW), StoreLost)
+    assert lost.store.port == STORE.port
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_stopping_is_answered_when_it_is_done(final: bool) -> None:
+    bench = Bench()
+    order = StopWorkers(9, "job", 0, 5.0, final)
+    assert bench.agent.from_coordinator(NOW, order) == [StopJobHere("job", 0, 5.0, final)]
+    assert to_lighthouse(bench.exit(-15), MemberLost) == []
+    assert to_coordinator(bench.agent.stopped("job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
+    assert ("job" in bench.agent.jobs) is not final
+
+
+def test_a_new_lighthouse_hears_of_every_living_worker() -> None:
+    bench = Bench()
+    bench.die("i1")
+    announced = to_lighthouse(bench.agent.registered(NOW), MemberStarted)
+    assert [(one.member, one.incarnation) for one in announced] == [("job/0", "i0"), ("job/1", "i2")]

@@ -1,0 +1,278 @@
+"""The coordinator: placement, generations, budgets, and the end of a job."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from seamark.protocol.messages import (
+    AbortJob,
+    Acknowledged,
+    FollowJob,
+    JobProgress,
+    JobSpec,
+    JobStatus,
+    Message,
+    NodeHello,
+    PrepareStore,
+    Refused,
+    Roster,
+    StopJob,
+    StopWorkers,
+    StoreAddress,
+    StoreFailed,
+    StoreReady,
+    SubmitJob,
+    WorkerExited,
+    WorkerRegistered,
+    WorkersStopped,
+    WorkerStarted,
+)
+from seamarkd.coordinator.jobs import Coordinator, Effect, Job, Persist, Tell, ToLighthouse
+from seamarkd.effects import Send
+
+T = TypeVar("T", bound=Message)
+STORE = StoreAddress("127.0.0.1", 20002, "s0")
+WORLD = 2
+
+
+def spec(**changes: object) -> JobSpec:
+    made = JobSpec(
+        name="job",
+        argv=["t.py"],
+        module=False,
+        python="python",
+        cwd="/",
+        env={},
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=WORLD,
+        policy="replace",
+        max_restarts=2,
+        checkpoint_dir="",
+        log_dir="/tmp",
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+class Bench:
+    """A coordinator with one node, and what it said last."""
+
+    def __init__(self, **changes: object) -> None:
+        self.core = Coordinator(1)
+        self.now = 0.0
+        self.spec = spec(**changes)
+        self.said: list[Effect] = []
+        self.hello()
+        self.submit()
+
+    @property
+    def job(self) -> Job:
+        return self.core.jobs["job"]
+
+    def send(self, message: Message, route: bytes = b"node") -> list[Effect]:
+        self.said = self.core.handle(self.now, route, message)
+        return self.said
+
+    def hello(self, node: str = "n0", slots: int = 8) -> None:
+        self.send(NodeHello(node, "i", "ipc:///a", slots))
+
+    def submit(self) -> list[Effect]:
+        return self.send(SubmitJob(1, self.spec), b"operator")
+
+    def told(self, kind: type[T], effects: list[Effect] | None = None) -> list[T]:
+        said = self.said if effects is None else effects
+        return [one.message for one in said if isinstance(one, Send) and isinstance(one.message, kind)]
+
+    def run(self, *, wrapped: bool = True) -> None:
+        self.send(StoreReady(self.job.request, "job", "127.0.0.1", 20000, STORE))
+        self.start_workers()
+        if wrapped:
+            self.send(WorkerRegistered("job", "job/0", "i"))
+
+    def start_workers(self) -> None:
+        self.said = self.core.from_lighthouse(self.now, Acknowledged(self.job.roster_request))
+        generation = self.job.generation
+        for rank in range(WORLD):
+            incarnation = f"g{generation}r{rank}"
+            self.send(WorkerStarted(0, "job", generation, f"job/{rank}", incarnation, 100 + rank, 0.0, ""))
+
+    def exit(self, rank: int, status: int, *, replacement: str = "", completed: bool = False) -> list[Effect]:
+        process = self.job.processes[f"job/{rank}"]
+        effects = self.send(
+            WorkerExited(
+                0,
+                "job",
+                self.job.generation,
+                f"job/{rank}",
+                process.incarnation,
+                status,
+                True,
+                completed,
+                False,
+                replacement,
+                "/log",
+                ["last words"],
+                1 if replacement else 0,
+            )
+        )
+        if replacement:
+            self.send(WorkerStarted(0, "job", self.job.generation, f"job/{rank}", replacement, 200, 0.0, "old"))
+        return effects
+
+    def all_stopped(self) -> None:
+        self.send(WorkersStopped(self.job.request, "job", self.job.generation))
+
+
+def test_a_job_is_durable_before_it_is_acknowledged() -> None:
+    bench = Bench()
+    effects = Bench.submit(bench)
+    assert bench.told(JobStatus, effects), "the same submission again is answered the same way"
+    fresh = Coordinator(1).handle(0.0, b"operator", SubmitJob(1, spec()))
+    kinds = [type(one) for one in fresh]
+    assert kinds.index(Persist) < kinds.index(Send)
+
+
+def test_the_path_to_running() -> None:
+    bench = Bench()
+    assert bench.told(PrepareStore)
+    effects = bench.send(StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE))
+    (roster,) = [one.message for one in effects if isinstance(one, ToLighthouse)]
+    assert isinstance(roster, Roster)
+    assert (roster.generation, roster.min_members, roster.allowance) == (0, WORLD, 2)
+    assert bench.told(Roster) == [], "agents get the roster once the lighthouse has it"
+    bench.start_workers()
+    assert bench.job.state == "RUNNING"
+
+
+def test_a_job_waits_for_a_node_with_enough_slots_and_says_so() -> None:
+    bench = Bench(nproc_per_node=9)
+    assert bench.job.state == "PENDING"
+    assert "9 free slots" in bench.job.sentence
+    bench.hello("n1", 16)
+    assert bench.job.state == "STARTING"
+
+
+def test_a_name_is_taken_while_its_job_lives() -> None:
+    bench = Bench()
+    bench.send(SubmitJob(2, spec(argv=["other.py"])), b"other")
+    (refused,) = bench.told(Refused)
+    assert refused.code == "NAME_TAKEN"
+
+
+@pytest.mark.parametrize("changes", [{"min_nodes": 3, "max_nodes": 2}, {"policy": "min-healthy"}])
+def test_what_can_not_work_is_refused_at_once(changes: dict[str, object]) -> None:
+    effects = Coordinator(1).handle(0.0, b"o", SubmitJob(1, spec(**changes)))
+    (effect,) = effects
+    assert isinstance(effect, Send)
+    assert isinstance(effect.message, Refused)
+
+
+def test_a_replaced_worker_is_charged_and_nothing_else_happens() -> None:
+    bench = Bench()
+    bench.run()
+    effects = bench.exit(1, -9, replacement="new")
+    assert bench.told(StopWorkers, effects) == []
+    assert (bench.job.process_restarts, bench.job.budget.remaining(0.0)) == (1, 1)
+
+
+def test_success_needs_every_rank() -> None:
+    bench = Bench()
+    bench.run()
+    bench.exit(0, 0, completed=True)
+    assert bench.job.state == "RUNNING"
+    bench.exit(1, 0, completed=True)
+    assert bench.told(StopWorkers)[0].final
+    bench.all_stopped()
+    assert (bench.job.state, bench.job.result) == ("SUCCEEDED", "all 2 ranks completed")
+
+
+@pytest.mark.parametrize("policy", ["any-failed", "replace"])
+def test_without_a_wrapper_any_failure_restarts_all_up_to_the_budget(policy: str) -> None:
+    bench = Bench(policy=policy)
+    bench.run(wrapped=False)
+    for generation in range(2):
+        assert bench.job.generation == generation
+        bench.exit(0, 1)
+        assert not bench.told(StopWorkers)[0].final
+        bench.exit(1, -15)
+        bench.all_stopped()
+        bench.start_workers()
+    bench.exit(0, 1)
+    bench.all_stopped()
+    assert bench.job.generation == 2, "three starts for two restarts"
+    assert bench.job.state == "FAILED"
+    assert "rank 0 exited with code 1, and the 2 restarts of --max-restarts are used up" in bench.job.result
+    assert bench.job.log_tail == ["last words"]
+
+
+def test_restarts_are_forgotten_after_an_hour_and_by_checkpoints() -> None:
+    bench = Bench(max_restarts=1)
+    bench.run()
+    bench.exit(0, 1, replacement="a")
+    assert bench.job.budget.remaining(bench.now) == 0
+    bench.send(JobProgress("job", {"job/0": 5}, {"job/0": 10}))
+    assert bench.job.budget.remaining(bench.now) == 1
+    assert bench.told(Roster)[0].allowance == 1
+    bench.exit(0, 1, replacement="b")
+    bench.now += 3_600.0
+    assert bench.job.budget.remaining(bench.now) == 1
+
+
+def test_restart_abort_ends_the_job() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(AbortJob("job", "job/1", "g0r1", "the data is poisoned"))
+    assert bench.told(StopWorkers)[0].final
+    bench.all_stopped()
+    assert bench.job.state == "ABORTED"
+    assert "rank 1" in bench.job.result
+    assert "the data is poisoned" in bench.job.result
+
+
+def test_exit_130_is_restart_abort_even_if_its_message_was_lost() -> None:
+    bench = Bench()
+    bench.run()
+    bench.exit(1, 130)
+    bench.all_stopped()
+    assert bench.job.state == "ABORTED"
+
+
+def test_any_failed_with_a_wrapper_is_refused_with_what_to_do() -> None:
+    bench = Bench(policy="any-failed")
+    bench.run()
+    bench.all_stopped()
+    assert bench.job.state == "FAILED"
+    assert "--restart-policy replace" in bench.job.result
+
+
+def test_a_store_that_can_not_start_fails_the_job_with_its_reason() -> None:
+    bench = Bench()
+    bench.send(StoreFailed(bench.job.request, "job", "port 29500 is in use"))
+    bench.all_stopped()
+    assert (bench.job.state, bench.job.result) == ("FAILED", "port 29500 is in use")
+
+
+def test_stopping_a_job_that_waits_ends_it_at_once() -> None:
+    bench = Bench(nproc_per_node=99)
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    assert bench.job.state == "CANCELLED"
+
+
+def test_followers_are_told_until_they_stop_asking() -> None:
+    bench = Bench()
+    bench.run()
+    assert Tell("job") in bench.exit(0, -9, replacement="x")
+    bench.now += 11.0
+    bench.core.tick(bench.now)
+    assert Tell("job") not in bench.exit(1, -9, replacement="y")
+    bench.send(FollowJob(1, "job"), b"operator")
+    assert Tell("job") in bench.exit(1, -9, replacement="z")
+
+
+def test_an_unknown_job_is_refused() -> None:
+    bench = Bench()
+    bench.send(FollowJob(1, "nope"), b"o")
+    assert bench.told(Refused)[0].code == "UNKNOWN_JOB"
