@@ -194,8 +194,8 @@ def measure(row: Row, work: Path, seed: int, deadline: float, on_sample: Callabl
             finally:
                 job.stop()
                 row.unprovoked += job.unprovoked
-            if row.missed >= MISSES_BEFORE_GIVING_UP:
-                row.error = f"given up: {row.missed} faults not recovered from within {deadline:.0f} s"
+            if row.missed >= MISSES_BEFORE_GIVING_UP and len(row.samples) < scenario.faults:
+                row.error = f"given up after {row.missed} faults that took longer than {deadline:.0f} s"
                 return
     except (SystemFailed, ContradictoryReports) as error:
         row.error = str(error)

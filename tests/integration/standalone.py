@@ -106,6 +106,10 @@ class Standalone:
                 time.sleep(gap)
             os.kill(pid, signal.SIGKILL)
 
+    def keeper(self) -> psutil.Process:
+        (keeper,) = psutil.Process(self.process.pid).children()
+        return keeper
+
     def finish(self, timeout: float = DEADLINE) -> int:
         try:
             code = self.process.wait(timeout)

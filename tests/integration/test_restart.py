@@ -157,3 +157,15 @@ def test_fifty_restarts_leave_threads_and_descriptors_where_they_were(tmp_path: 
     for rank, seen in enumerate(counts):
         assert len(seen) >= 45, f"rank {rank}"
         assert max(seen[-10:]) <= max(seen[:10]), f"rank {rank} has (threads, descriptors) {seen}"
+
+
+def test_kill_of_the_store_service(tmp_path: Path, undisturbed: str) -> None:
+    with standalone(tmp_path, *FOUR, arguments=PACE) as run:
+        run.wait_step(1, STEPS // 2, 0)
+        (store,) = [process for process in run.keeper().children() if "torch.distributed.TCPStore" in process.cmdline()]
+        store.kill()
+        (incident,) = check_end(run, undisturbed, iterations=1)
+        pids = {report["pid"] for rank in range(4) for report in run.reports(rank)}
+    assert len(pids) == 4, "the loss of the store restarts nobody's process"
+    (failure,) = incident["failures"]
+    assert failure["cause"]["kind"] == "store"
