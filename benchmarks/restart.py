@@ -28,6 +28,12 @@ QUICK = {"exceptions": 5, "kills": 3, "peer_faults": 1}
 
 WIDTH_OF_FILES = 110  # columns of the output that goes to no terminal
 
+STALLED_LOOK_UP = 0.1  # seconds
+STALLED = """\
+Reverse look-ups of 127.0.0.1 took up to {:.1f} s on this machine. torch makes them at each connection to a
+TCPStore, so samples of all systems hold such stalls. A line "::ffff:127.0.0.1 localhost" in /etc/hosts cures it.
+"""
+
 EXAMPLES = """\b
 Examples:
   python benchmarks/restart.py --quick               every row, few faults: does it run here?
@@ -202,11 +208,14 @@ def main(
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
     become_subreaper()
     interrupt_once()
-    result = results.opening("restart", seed)
+    result: dict[str, object] = {}
     rows: list[Row] = []
-    complete = False
+    complete, look_up = False, 0.0
     try:
-        with console.status("preparing the environments"):
+        with console.status("looking at the machine, preparing the environments"):
+            result |= results.opening("restart", seed)
+            look_up = provenance.slowest_reverse_lookup()
+            result["slowest_reverse_lookup_seconds"] = look_up
             rows += seamark_rows(exceptions, kills) if "seamark" in chosen else []
             rows += torchrun_rows(peer_faults) if "torchrun" in chosen else []
             rows += nvrx_rows(peer_faults, peer_env) if "nvrx" in chosen else []
@@ -217,10 +226,12 @@ def main(
             finally:
                 end_descendants()
         complete = True
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         end_descendants()
-        console.print("Interrupted: the table holds what was measured until then.")
+        console.print(f"Interrupted by {interrupt}: the table holds what was measured until then.")
     console.print(table_of(rows, deadline))
+    if look_up > STALLED_LOOK_UP:
+        console.print(STALLED.format(look_up), style="yellow")
     if work_dir is None and any(row.error for row in rows):
         console.print("Run again with --work-dir DIR to keep the logs.")
     if json_path is not None:

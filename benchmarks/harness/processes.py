@@ -48,7 +48,7 @@ def become_subreaper() -> None:
 
 
 def interrupt_once() -> None:
-    """Have the first Ctrl-C, SIGTERM or SIGHUP raise KeyboardInterrupt, and those after it do nothing.
+    """Have the first Ctrl-C, SIGTERM or SIGHUP raise KeyboardInterrupt with its name; later ones do nothing.
 
     So a second Ctrl-C cannot cut short the cleaning up after the first. SIGHUP stays ignored under nohup.
     """
@@ -56,10 +56,10 @@ def interrupt_once() -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         endings.append(signal.SIGHUP)
 
-    def interrupt(_signal: int, _frame: object) -> None:
+    def interrupt(received: int, _frame: object) -> None:
         for ending in endings:
             signal.signal(ending, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(signal.Signals(received).name)
 
     for ending in endings:
         signal.signal(ending, interrupt)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import socket
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,6 +43,23 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def slowest_reverse_lookup() -> float:
+    """Seconds of the slowest of 40 look-ups of this host's own name, four at a time.
+
+    torch's TCPStore makes one at each connection, on both sides, for the mapped form of the address. Where
+    a name server drops some of them, restarts of every system stall for its timeout, often 5 s.
+    """
+
+    def look_up(_number: int) -> float:
+        begun = time.monotonic()
+        with contextlib.suppress(OSError):
+            socket.getnameinfo(("::ffff:127.0.0.1", 1, 0, 0), 0)
+        return time.monotonic() - begun
+
+    with ThreadPoolExecutor(4) as pool:
+        return max(pool.map(look_up, range(40)))
 
 
 def machine() -> dict[str, object]:

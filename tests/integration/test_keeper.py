@@ -492,6 +492,28 @@ def test_error_reports_show_no_keeper_frames(directory: Path, env: dict[str, str
     play(scenario())
 
 
+@pytest.mark.parametrize("env", [{}, FORCE_EXEC], ids=["forked", "execed"])
+def test_nothing_that_was_written_is_lost_at_the_end(directory: Path, env: dict[str, str]) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            path = session.script(
+                """
+                import atexit, ctypes, sys, threading, time
+                left = open("left", "w")
+                left.write("in a file")
+                atexit.register(lambda: left.write(", at exit"))
+                threading.Thread(target=lambda: (time.sleep(0.2), left.write(", by a thread"))).start()
+                ctypes.CDLL(None).printf(b"from C, ")
+                sys.exit(4)
+                """
+            )
+            exited, output = await session.run("worker", path, env=env)
+            assert (exited.status, output) == (4, "from C, ")
+            assert (directory / "left").read_text() == "in a file, by a thread, at exit"
+
+    play(scenario())
+
+
 def test_output_arrives_line_by_line_and_standard_input_is_empty(directory: Path) -> None:
     async def scenario() -> None:
         async with keeper(directory) as session:
@@ -808,8 +830,13 @@ def test_forked_and_execed_workers_compute_the_same_bits_and_draw_other_numbers(
 def test_a_preloaded_worker_ends_normally_without_complaints(torch_keeper: TorchKeeper) -> None:
     async def scenario() -> None:
         async with torch_keeper.agent() as session:
+            began = time.monotonic()
             exited, output = await session.run("normal", session.script("import torch; print(torch.ones(2).sum())"))
+            print(f"start to exit status: {(time.monotonic() - began) * 1e3:.0f} ms")
             assert (exited.status, output) == (0, "tensor(2.)\n")
+            interrupted, output = await session.run("interrupted", session.script("raise KeyboardInterrupt"))
+            assert interrupted.status == -signal.SIGINT
+            assert output.splitlines()[-1] == "KeyboardInterrupt"
 
     play(scenario())
 

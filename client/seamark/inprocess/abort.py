@@ -41,6 +41,7 @@ class ProcessGroups:
         self._loops: list[GlooLoop] = []
         self._store_sockets: list[Socket] = []
         self._called: set[Socket] = set()
+        self._held: list[socket.socket] = []
         self._ready_at: float | None = None
         self._watch = GroupWatch(begins=self._begins, ends=self._ends)
 
@@ -90,8 +91,8 @@ class ProcessGroups:
             with self._changed:
                 creations = list(self._under_way)
             for creation in creations:
-                creation.look()
-                count += self._cut_creation(creation)
+                for loop in creation.loops():
+                    count += self._cut_growing(loop, creation.size)
             remaining = deadline - time.monotonic()
             if not creations or remaining <= 0:
                 return count
@@ -117,7 +118,10 @@ class ProcessGroups:
             self._loops.clear()
             self._store_sockets.clear()
             self._called.clear()
+            held, self._held = self._held, []
             self._aborted = False
+        for connection in held:
+            connection.close()
 
     def _refuse_when_aborted(self) -> None:
         if self._aborted:
@@ -129,28 +133,50 @@ class ProcessGroups:
             self._under_way.append(creation)
 
     def _ends(self, creation: Creation) -> None:
+        loops = creation.loops()
         with self._changed:
             self._under_way.remove(creation)
-            self._loops += creation.loops
-            if creation.loops:
+            self._loops += loops
+            if loops:
                 self._ready_at = time.monotonic()
             aborted = self._aborted
             self._changed.notify_all()
         if aborted:
-            self._cut_creation(creation)
+            self._cut_known()
 
     def _cut_known(self) -> int:
         with self._changed:
-            loops, stores = list(self._loops), list(self._store_sockets)
-        return sum(_shut_down(s) for loop in loops for s in loop.connections()) + sum(map(_shut_down, stores))
+            groups = [connection for loop in self._loops for connection in loop.connections()]
+            stores = list(self._store_sockets)
+        return sum(map(self._end_reading, groups)) + sum(map(_shut_down, stores))
 
-    def _cut_creation(self, creation: Creation) -> int:
-        count = sum(_shut_down(s) for loop in creation.loops for s in loop.connections())
-        for loop in creation.loops:
-            if loop.listener not in self._called:
-                self._called.add(loop.listener)
-                _call_as_every_peer(loop.listener, creation.size)
+    def _cut_growing(self, loop: GlooLoop, size: int) -> int:
+        """Ends what a creation under way has connected, and what it waits for."""
+        count = sum(map(_shut_down, loop.connections()))
+        if loop.listener not in self._called:
+            self._called.add(loop.listener)
+            _call_as_every_peer(loop.listener, size)
         return count
+
+    def _end_reading(self, connection: Socket) -> bool:
+        """Ends the connection for Gloo, and for nobody else before ``release()``.
+
+        A send that fails because the connection has broken is forgotten by Gloo: its collective waits until the
+        group's timeout (gloo/transport/tcp/pair.cc: ``signalException`` tells the receives, and the sends not yet
+        begun). So nothing is broken: writing stays possible, and the duplicate keeps the connection whole for the
+        peer, which is in the same position, when Gloo closes its own descriptor.
+        """
+        try:
+            held = connection.duplicate()
+        except OSError:
+            return False
+        with self._changed:
+            self._held.append(held)
+        try:
+            held.shutdown(socket.SHUT_RD)
+        except OSError:
+            return False
+        return True
 
 
 def connect(host: str, port: int, timeout: float) -> tuple[Any, Socket]:

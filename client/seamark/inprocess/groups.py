@@ -36,16 +36,32 @@ class Socket(NamedTuple):
     def borrowed(self) -> Iterator[socket.socket]:
         """The socket as a Python object that leaves the descriptor open.
 
-        Not a duplicate: a duplicate would outlive its owner's ``close`` inside the owner's epoll set, where the
-        handler has been freed. Raises OSError when the descriptor is no longer this socket.
+        Raises OSError when the descriptor is no longer this socket.
         """
-        if _socket_inode(self.fd) != self.inode:
-            raise OSError(f"descriptor {self.fd} is no longer the socket with inode {self.inode}")
+        self._check(self.fd)
         borrowed = socket.socket(-1, _BORROWED_TYPE, -1, fileno=self.fd)
         try:
             yield borrowed
         finally:
             borrowed.detach()
+
+    def duplicate(self) -> socket.socket:
+        """The same connection on a descriptor of its own, which outlives the owner's ``close``.
+
+        Only for a connection whose owner takes it out of its epoll set before closing it; else the set would go on
+        reporting it to a handler that is gone. Raises OSError when the descriptor is no longer this socket.
+        """
+        fd = os.dup(self.fd)
+        try:
+            self._check(fd)
+            return socket.socket(-1, _BORROWED_TYPE, -1, fileno=fd)
+        except OSError:
+            os.close(fd)
+            raise
+
+    def _check(self, fd: int) -> None:
+        if _socket_inode(fd) != self.inode:
+            raise OSError(f"descriptor {self.fd} is no longer the socket with inode {self.inode}")
 
     def peer(self) -> Any:
         """The address that the socket is connected to, None when it is not."""
@@ -65,7 +81,9 @@ class GlooLoop(NamedTuple):
     def connections(self) -> list[Socket]:
         """The sockets watched besides the listener; none when the loop has ended or its descriptor was reused."""
         watched = _watched(self.epoll_fd)
-        return [s for s in watched if s != self.listener] if self.listener in watched else []
+        if self.listener not in watched:
+            return []
+        return [s for s in watched if s != self.listener and _socket_inode(s.fd) == s.inode]
 
 
 class Creation:
@@ -74,17 +92,11 @@ class Creation:
     def __init__(self, size: int) -> None:
         self.size = size
         self.since = time.monotonic()
-        self.loops: list[GlooLoop] = []
         self._before = frozenset(s.inode for s in open_sockets())
 
-    def look(self) -> None:
-        """Find the event loops that came into being since the creation began."""
-        self.loops = [loop for loop in _gloo_loops() if loop.listener.inode not in self._before]
-
-    def connections_to(self, server: Any) -> list[Socket]:
-        """The sockets that came into being since the creation began and are connected to the address ``server``."""
-        new = [s for s in open_sockets() if s.inode not in self._before]
-        return [s for s in new if s.peer() == server]
+    def loops(self) -> list[GlooLoop]:
+        """The event loops that came into being since the creation began, as far as they exist by now."""
+        return [loop for loop in _gloo_loops() if loop.listener.inode not in self._before]
 
 
 class GroupWatch:
@@ -124,7 +136,6 @@ class GroupWatch:
             try:
                 return original(*args, **kwargs)
             finally:
-                creation.look()
                 self._ends(creation)
 
         setattr(owner, name, create)
@@ -181,21 +192,14 @@ def _gloo_listener(watched: list[Socket]) -> Socket | None:
                 continue
             if stat.S_ISFIFO(status.st_mode):
                 pipes += 1
-                continue
-            with member.borrowed() as connected:
-                if connected.family not in (socket.AF_INET, socket.AF_INET6):
-                    return None
-                if connected.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    listeners.append(member)
-        except OSError:
-            if _is_open(member.fd):
+            elif not stat.S_ISSOCK(status.st_mode):
                 return None
+            else:
+                with member.borrowed() as connected:
+                    if connected.family not in (socket.AF_INET, socket.AF_INET6):
+                        return None
+                    if connected.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        listeners.append(member)
+        except OSError:
+            continue  # closed since the list was read
     return listeners[0] if pipes and len(listeners) == 1 else None
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True

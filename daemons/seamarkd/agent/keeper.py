@@ -38,6 +38,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import io
 import ipaddress
 import json
 import os
@@ -53,7 +54,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 Message = dict[str, Any]
 
@@ -427,8 +428,6 @@ class Forked:
         os.environ.clear()
         os.environ.update(self.env)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        # What was frozen must be collected at the end after all: extension modules report leaks otherwise.
-        atexit.register(gc.unfreeze)
         reseed()
         return self.task
 
@@ -1102,7 +1101,10 @@ def keep(options: argparse.Namespace) -> Task:
 
 
 def run_and_exit(task: Task) -> NoReturn:
-    """Ends as the interpreter ends a script, but for freeing every module: with torch that takes 2 s and serves nobody."""
+    """End as the interpreter ends a script, but without freeing every module.
+
+    With torch that takes 2 s, in which nobody hears of the end.
+    """
     status = 0
     try:
         task.run()
@@ -1111,6 +1113,9 @@ def run_and_exit(task: Task) -> NoReturn:
         if not isinstance(end.code, int | None):
             print(end.code, file=sys.stderr)
     except KeyboardInterrupt:
+        # Only the interpreter itself ends a process by the signal. Whatever was frozen has to be freed with the
+        # rest: extension modules report leaks otherwise.
+        gc.unfreeze()
         raise
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -1118,10 +1123,17 @@ def run_and_exit(task: Task) -> NoReturn:
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    flush_files()
     os._exit(status & 0xFF)
+
+
+def flush_files() -> None:
+    """Write out what the open files still hold, which freeing them would do: Python's own and the C library's."""
+    files = [thing for thing in gc.get_objects() if issubclass(type(thing), io.IOBase)]
+    for file in (*files, sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            file.flush()
+    ctypes.CDLL(None).fflush(None)
 
 
 def main(argv: list[str]) -> Task:
