@@ -30,8 +30,8 @@ WIDTH_OF_FILES = 110  # columns of the output that goes to no terminal
 
 STALLED_LOOK_UP = 0.1  # seconds
 STALLED = """\
-Reverse look-ups of 127.0.0.1 took up to {:.1f} s on this machine. torch makes them at each connection to a
-TCPStore, so samples of all systems hold such stalls. A line "::ffff:127.0.0.1 localhost" in /etc/hosts cures it.
+Reverse look-ups of 127.0.0.1 took up to {:.1f} s on this machine. torch makes them at each connection to
+a TCPStore, so samples of all systems hold such stalls. The cure: "::ffff:127.0.0.1 localhost" in /etc/hosts.
 """
 
 EXAMPLES = """\b

@@ -84,9 +84,7 @@ def nvrx_inprocess(peer: Peer) -> System:
         port = str(_free_ports(3))
         arguments = [str(peer.python), str(TRAINING / "train_nvrx.py")]
         job = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [
-            Command(arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), **job}) for rank in range(RANKS)
-        ]
+        return [Command(arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), **job}) for rank in range(RANKS)]
 
     return System("nvrx in-process", peer.version, commands, grace=0.0)
 

@@ -168,9 +168,7 @@ def load(checkpoint: Checkpoint, map_location: Any = "cpu") -> Any:
         raise CheckpointError(f"{checkpoint.path} cannot be read: {error.strerror}. {advice}") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         # Torch's own message advises to switch weights_only off.
-        raise CheckpointError(
-            f"{checkpoint.path} is nothing that torch loads without running it. {advice}"
-        ) from error
+        raise CheckpointError(f"{checkpoint.path} is nothing that torch loads without running it. {advice}") from error
 
 
 def clean(directory: str | os.PathLike[str]) -> list[str]:
@@ -365,8 +363,7 @@ def _examine(path: Path, *, reread: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Use an earlier one.") from error
     if status.st_size != size:
         raise CheckpointError(
-            f"{path} is {status.st_size} bytes and was saved with {size}. Use an earlier one and check the "
-            "disk."
+            f"{path} is {status.st_size} bytes and was saved with {size}. Use an earlier one and check the disk."
         )
     if digest != sha256:
         raise CheckpointError(

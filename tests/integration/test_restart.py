@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ KILLS = int(os.environ.get("SEAMARK_KILLS", "10"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of a run that nothing happened to; another seed gives another."""
     digests = []
     for seed in (0, 1):
@@ -32,7 +31,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert run.incidents() == []
             digests.append(digest)
     assert digests[0] != digests[1]
-    yield digests[0]
+    return digests[0]
 
 
 def check_end(run: Standalone, undisturbed: str, *, iterations: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from seamark.protocol.messages import (
     Join,
     MemberLost,
     MemberStarted,
+    MemberStuck,
     Message,
     PrepareStore,
     QuorumAnswer,
@@ -254,3 +255,12 @@ def test_a_new_lighthouse_hears_of_every_living_worker() -> None:
     bench.die("i1")
     announced = to_lighthouse(bench.agent.registered(NOW), MemberStarted)
     assert [(one.member, one.incarnation) for one in announced] == [("job/0", "i0"), ("job/1", "i2")]
+
+
+def test_a_worker_that_is_stuck_is_killed_and_replaced_once() -> None:
+    bench = Bench()
+    effects = bench.agent.from_worker(NOW, "i0", MemberStuck("job", "job/0", "i0"))
+    (lost,) = to_lighthouse(effects, MemberLost)
+    assert (lost.cause.kind, lost.replacement) == ("stuck", "i2")
+    assert SignalWorker("job", "job/0", "i0", signal.SIGKILL) in effects
+    assert to_lighthouse(bench.die(), MemberLost) == []

@@ -367,3 +367,17 @@ def test_a_repeated_join_keeps_its_place_in_time(running: Bench) -> None:
     running.now += 11.0
     running.do(running.group.tick(running.now))
     assert "0 expected" not in running.group.reason
+
+
+def test_a_survivor_that_can_not_be_freed_is_a_consequence_and_is_waited_for_anew(running: Bench) -> None:
+    running.lose(2)
+    running.join(0, 3, 2)
+    stuck = Cause(kind="stuck", text="blocked")
+    report = MemberLost(0, "job", 0, "job/1", "job/1#0", stuck, -1.0, running.now, "wrapper", "job/1#1")
+    running.do(running.group.lost(running.now, report))
+    assert running.sent(QuorumReset) == []
+    running.incarnations["job/1"], running.last["job/1"] = "job/1#1", -1
+    running.join(1)
+    assert [one.failure.member for one in running.published(FailureEvent)] == ["job/2"]
+    (quorum,) = running.published(QuorumEvent)
+    assert [one.member for one in quorum.consequences] == ["job/1"]

@@ -42,6 +42,7 @@ class ProcessGroups:
         self._store_sockets: list[Socket] = []
         self._called: set[Socket] = set()
         self._held: list[socket.socket] = []
+        self._made: list[Any] = []
         self._ready_at: float | None = None
         self._watch = GroupWatch(begins=self._begins, ends=self._ends)
 
@@ -75,7 +76,7 @@ class ProcessGroups:
         return client
 
     def cut(self, patience: float = 0.5) -> int:
-        """Free every thread that is blocked in the groups or in the store, and let nothing new begin before ``release()``.
+        """Free every thread blocked in the groups or in the store, and let nothing new begin before ``release()``.
 
         A thread inside the creation of a group opens further connections as long as it goes on, so with a creation
         under way this looks again until it has returned, for ``patience`` seconds at most (then ``creating_since``
@@ -104,7 +105,9 @@ class ProcessGroups:
         """Destroy what is left of the groups and forget their sockets; a new iteration may begin.
 
         To be called by the main thread, after it was freed. What still refers to a group (a model wrapped in
-        DistributedDataParallel, a traceback) keeps its thread and sockets until it is gone.
+        DistributedDataParallel, a traceback) keeps its thread and sockets until it is gone. The last reference is
+        dropped on a thread of its own: Gloo's destructor joins threads, which takes milliseconds, and for ever when
+        Gloo forgot to wake one (see ``_end_reading``).
         """
         c10d: Any = sys.modules.get("torch.distributed.distributed_c10d")
         if c10d is not None:
@@ -119,24 +122,30 @@ class ProcessGroups:
             self._store_sockets.clear()
             self._called.clear()
             held, self._held = self._held, []
+            made, self._made = self._made, []
             self._aborted = False
         for connection in held:
             connection.close()
+        if made:
+            threading.Thread(target=made.clear, name="seamark-drop-groups", daemon=True).start()
 
     def _refuse_when_aborted(self) -> None:
         if self._aborted:
-            raise IterationAborted("this iteration was aborted: no new process group or store client before the restart")
+            raise IterationAborted(
+                "this iteration was aborted: no new process group or store client before the restart"
+            )
 
     def _begins(self, creation: Creation) -> None:
         with self._changed:
             self._refuse_when_aborted()
             self._under_way.append(creation)
 
-    def _ends(self, creation: Creation) -> None:
+    def _ends(self, creation: Creation, made: Any) -> None:
         loops = creation.loops()
         with self._changed:
             self._under_way.remove(creation)
             self._loops += loops
+            self._made.append(made)
             if loops:
                 self._ready_at = time.monotonic()
             aborted = self._aborted

@@ -106,7 +106,7 @@ class GroupWatch:
     failed.
     """
 
-    def __init__(self, begins: Callable[[Creation], None], ends: Callable[[Creation], None]) -> None:
+    def __init__(self, begins: Callable[[Creation], None], ends: Callable[[Creation, Any], None]) -> None:
         self._begins = begins
         self._ends = ends
         self._undo: list[Callable[[], None]] = []
@@ -133,10 +133,12 @@ class GroupWatch:
         def create(*args: Any, **kwargs: Any) -> Any:
             creation = Creation(size(*args, **kwargs))
             self._begins(creation)
+            made: Any = None
             try:
-                return original(*args, **kwargs)
+                made = original(*args, **kwargs)
+                return made
             finally:
-                self._ends(creation)
+                self._ends(creation, made)
 
         setattr(owner, name, create)
         self._undo.append(lambda: setattr(owner, name, original))

@@ -54,6 +54,7 @@ class Interrupter:
         self._armed: int | None = None
         self._atomic = 0
         self._aborted = -1
+        self._handled = 0
         self._left = threading.Condition()
         self._outside = True
         signal.signal(signum, self._handle)
@@ -61,6 +62,16 @@ class Interrupter:
     def close(self) -> None:
         """Gives the signal back."""
         signal.signal(self._signum, signal.SIG_DFL)
+
+    @property
+    def handled(self) -> int:
+        """How many signals the main thread has answered: one that doesn't is in native code."""
+        return self._handled
+
+    @property
+    def in_atomic(self) -> bool:
+        """True while the function asks not to be interrupted."""
+        return self._atomic > 0
 
     def aborted(self, iteration: int) -> bool:
         """True if this iteration has been given up."""
@@ -125,6 +136,7 @@ class Interrupter:
         return True
 
     def _handle(self, signum: int, frame: FrameType | None) -> Any:
+        self._handled += 1
         armed = self._armed
         if armed is not None and self._atomic == 0 and self._aborted >= armed:
             raise RestartInterrupt

@@ -29,6 +29,7 @@ from seamark.protocol.messages import (
     FailureEvent,
     Join,
     MemberFaulted,
+    MemberStuck,
     Message,
     QuorumAnswer,
     QuorumReset,
@@ -133,6 +134,10 @@ class Session:
     def faulted(self, iteration: int, cause: Cause, at: float) -> None:
         """Reports that the function raised."""
         self._post(MemberFaulted(self._who.job, self._who.member, self._who.incarnation, iteration, cause, at))
+
+    def stuck(self) -> None:
+        """Asks to be replaced: the main thread can't be freed. Called on the monitor thread."""
+        self._post(MemberStuck(self._who.job, self._who.member, self._who.incarnation))
 
     def timeline(self, ended_iteration: int, iteration: int, stamps: Stamps) -> None:
         """Reports what this worker saw of an incident."""

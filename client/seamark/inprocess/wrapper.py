@@ -28,6 +28,7 @@ from seamark.inprocess.rendezvous import EnvRendezvous
 from seamark.inprocess.session import Session
 from seamark.inprocess.spare import SpareStore
 from seamark.inprocess.state import State, assign, export
+from seamark.inprocess.stuck import Stillness
 from seamark.progress import Canaries, ProgressPage
 from seamark.protocol.messages import QuorumAnswer, Stamps
 from seamark.store import counters
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+STUCK_AFTER = 1.0
+"""Seconds without a sign of life after which a main thread that should leave the function is given up."""
 STORE_TIMEOUT = 10.0
 """Seconds to connect to the job's TCPStore."""
 
@@ -120,6 +123,8 @@ class _Restarter:
         self._page = worker_page(environment.incarnation)
         self._inside = -1
         self._cutting = threading.Lock()
+        self._stillness = Stillness(threading.get_native_id())
+        self._asked_for_replacement = False
         self._stamps: dict[str, float] = {}
         self._reported = False
         self._ended_iteration = -1
@@ -257,7 +262,18 @@ class _Restarter:
                 self._groups.cut()
         if first:
             self._stamps["aborted"] = time.monotonic()
-        return self._interrupter.interrupt(REPEAT_INTERVAL)
+            self._stillness.restart()
+        if self._interrupter.interrupt(REPEAT_INTERVAL):
+            return True
+        if self._stillness.lasted(self._interrupter.handled) >= STUCK_AFTER and not self._interrupter.in_atomic:
+            self._ask_for_replacement()
+        return False
+
+    def _ask_for_replacement(self) -> None:
+        if not self._asked_for_replacement:
+            self._asked_for_replacement = True
+            log.warning("blocked in a collective that can't be cut free: this process is to be replaced")
+            self._session.stuck()
 
 
 def worker_page(incarnation: str) -> ProgressPage:

@@ -110,11 +110,11 @@ class Cause(Part, frozen=True):
     """Why a member was lost or faulted.
 
     ``kind``: exit (status is the code), signal (status is the signal's number), exception, store (the TCPStore
-    service was lost), node (its host was lost). ``communication`` marks an exception that only says that a peer
-    went away: evidence of another's failure, seldom a cause.
+    service was lost), node (its host was lost), stuck (it could not leave the function). ``communication`` marks an
+    exception that only says that a peer went away: evidence of another's failure, seldom a cause.
     """
 
-    kind: Literal["exit", "signal", "exception", "store", "node"]
+    kind: Literal["exit", "signal", "exception", "store", "node", "stuck"]
     status: int = 0
     text: Text = ""
     communication: bool = False
@@ -308,6 +308,16 @@ class MemberFaulted(Message, frozen=True):
     iteration: Iteration
     cause: Cause
     occurred_at: Moment
+
+
+class MemberStuck(Message, frozen=True):
+    """A worker that was told to leave its function can't: it asks to be ended and replaced."""
+
+    type_id = 15
+    direction = "worker -> agent"
+    job: Name
+    member: Name
+    incarnation: Name
 
 
 class StoreLost(Message, frozen=True):

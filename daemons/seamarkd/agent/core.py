@@ -24,6 +24,7 @@ from seamark.protocol.messages import (
     MemberFaulted,
     MemberLost,
     MemberStarted,
+    MemberStuck,
     Message,
     PrepareStore,
     QuorumAnswer,
@@ -378,11 +379,22 @@ class Agent:
                 return self._worker_hello(incarnation, message)
             case Join() | Complete() | MemberFaulted() | SnapshotRequest():
                 return [ToLighthouse(message)]
+            case MemberStuck():
+                return self._stuck(now, incarnation, message)
             case Timeline() | AbortJob():
                 return [ToCoordinator(message)]
             case _:
                 sentence = f"{type(message).__name__} is not a worker's message"
                 return [ToWorker(incarnation, Refused(0, "BAD_REQUEST", sentence))]
+
+    def _stuck(self, now: float, incarnation: str, request: MemberStuck) -> list[Effect]:
+        job = self.jobs.get(request.job)
+        worker = job.workers.get(incarnation) if job else None
+        if job is None or worker is None or incarnation != request.incarnation:
+            return []
+        cause = Cause(kind="stuck", text="blocked in a collective that could not be cut free; replaced")
+        kill = SignalWorker(job.name, worker.member, incarnation, signal.SIGKILL)
+        return [*self._lose(now, job, worker, cause, now, "wrapper"), kill]
 
     def _worker_hello(self, incarnation: str, hello: WorkerHello) -> list[Effect]:
         job = self.jobs.get(hello.job)

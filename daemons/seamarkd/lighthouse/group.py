@@ -168,6 +168,10 @@ class Group:
             detector=report.detector,
         )
         incident = self._incident
+        if incident is not None and report.cause.kind == "stuck":
+            # Its recovery from this very incident failed: nobody has to be told to restart who is not restarting.
+            incident.consequences.append(failure)
+            return self.answer_if_ready(now)
         opens = incident is None
         if incident is None:
             self._incident = Incident(self.iteration, published=True, hold_until=now)
