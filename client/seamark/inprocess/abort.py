@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from seamark.inprocess.groups import Creation, GlooLoop, GroupWatch, Socket, open_sockets
+from seamark.inprocess.resolver import no_name_server
 
 _NCCL_ABORT_TIMEOUT = 1.0
 _FIRST_LOOK_AGAIN = 0.001
@@ -198,7 +199,8 @@ def connect(host: str, port: int, timeout: float) -> tuple[Any, Socket]:
 
     while True:
         before = {s.inode for s in open_sockets()}
-        client = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+        with no_name_server():
+            client = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         new = [s for s in open_sockets() if s.inode not in before and (s.peer() or ("", 0))[1] == port]
         if len(new) == 1:
             return client, new[0]

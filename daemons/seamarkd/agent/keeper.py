@@ -294,6 +294,7 @@ class Store:
         return [sys.executable, "-m", "torch.distributed.TCPStore", self.host, str(self.port)]
 
     def run(self) -> None:
+        look_up_hosts_in_files()
         distributed = importlib.import_module("torch.distributed")
         # The server brings a client of its own, which must have an address to go to.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
@@ -367,6 +368,17 @@ class ThreadsOfTorch(importlib.abc.MetaPathFinder):
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def look_up_hosts_in_files() -> None:
+    """Ask no name server in this process.
+
+    The store looks the name of every client up when it accepts it, on the thread that serves all of them: with a slow
+    resolver the whole job waits for seconds, for a name that only a log would show.
+    """
+    configure = getattr(ctypes.CDLL(None), "__nss_configure_lookup", None)
+    if configure is not None:
+        configure(b"hosts", b"files")
 
 
 def set_openblas_threads(count: int) -> None:
