@@ -30,5 +30,5 @@ fi
 python=$(find_python)
 echo "installing Seamark and PyTorch into $venv (a minute or two, the first time)"
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
+"$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check --editable ".${extra:+[$extra]}"
 echo "$wanted" >"$venv/seamark-installed"

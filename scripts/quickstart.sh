@@ -9,8 +9,8 @@ cd "$(dirname "$0")/.."
 scripts/install.sh
 began=$SECONDS
 PATH=$PWD/.venv/bin:$PATH
-steps=80
-kill_at=40
+steps=50
+kill_at=25
 place=$(mktemp -d "${TMPDIR:-/tmp}/seamark-quickstart.XXXXXX")
 mkdir -m 0700 "$place/run"
 export XDG_RUNTIME_DIR=$place/run XDG_STATE_HOME=$place/state

@@ -19,7 +19,7 @@ from seamarkd.coordinator.manifest import read
 from seamarkd.paths import state_directory
 from seamarkd.standalone import ADDRESS_FILE
 
-BAR_WIDTH = 36
+BAR_WIDTH = 24
 ASK_TIMEOUT = 2.0
 
 
