@@ -10,6 +10,7 @@ import pytest
 from seamark.protocol.messages import (
     AbortJob,
     Acknowledged,
+    EventBeat,
     FollowJob,
     JobProgress,
     JobSpec,
@@ -270,6 +271,14 @@ def test_followers_are_told_until_they_stop_asking() -> None:
     assert Tell("job") not in bench.exit(1, -9, replacement="y")
     bench.send(FollowJob(1, "job"), b"operator")
     assert Tell("job") in bench.exit(1, -9, replacement="z")
+
+
+def test_people_see_what_the_quorum_waits_for() -> None:
+    bench = Bench()
+    bench.run()
+    beat = EventBeat(1, {"job": 3}, {"job": "New quorum waits for job/1"})
+    assert bench.core.from_lighthouse(0.0, beat) == [Tell("job")]
+    assert bench.job.sentence == "New quorum waits for job/1"
 
 
 def test_an_unknown_job_is_refused() -> None:

@@ -469,12 +469,16 @@ class CompletedEvent(Message, frozen=True):
 
 
 class EventBeat(Message, frozen=True):
-    """The latest sequence number of every job, repeated while idle, so that a lost tail is seen."""
+    """The latest sequence number of every job, repeated while idle, so that a lost tail is seen.
+
+    ``waiting`` says for each job whose members wait for a quorum what it waits for, in a sentence.
+    """
 
     type_id = 33
     direction = "lighthouse -> subscribers"
     epoch: Count
     latest: dict[str, int]
+    waiting: dict[str, Text]
 
 
 class SnapshotRequest(Message, frozen=True):

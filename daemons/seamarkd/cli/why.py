@@ -109,9 +109,8 @@ def _show_incident(console: Console, incident: Incident, *, every_rank: bool) ->
     culprit = incident.failures[0]
     for other in incident.failures[1:]:
         console.print(f"   also {who(other)} {other.kind}: {first_line(other.cause.text)}", highlight=False)
-    if incident.consequences:
-        ranks = ", ".join(str(failure.rank) for failure in incident.consequences)
-        console.print(f"   consequences: an error on rank {ranks}", highlight=False)
+    for other in incident.consequences:
+        console.print(f"   consequence: {who(other)}: {first_line(other.cause.text)}", highlight=False)
     if incident.next_iteration < 0:
         console.print("   ended by a restart of all workers, or by the job's end", highlight=False)
         return

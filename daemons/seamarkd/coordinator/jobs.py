@@ -17,6 +17,7 @@ from seamark.protocol.messages import (
     AbortJob,
     Acknowledged,
     CompletedEvent,
+    EventBeat,
     FailureEvent,
     FollowJob,
     Incident,
@@ -319,6 +320,8 @@ class Coordinator:
                 job = self.jobs.get(message.job)
                 if job is not None:
                     job.sentence = "all ranks completed"
+            case EventBeat():
+                return self._waiting(message)
             case _:
                 pass
         return []
@@ -452,6 +455,15 @@ class Coordinator:
         job.restarts = event.restarts
         job.sentence = "runs"
         return [_persist(job), *self._tell(job)]
+
+    def _waiting(self, beat: EventBeat) -> list[Effect]:
+        effects: list[Effect] = []
+        for name, reason in beat.waiting.items():
+            job = self.jobs.get(name)
+            if job is not None and job.state == "RUNNING" and job.sentence != reason:
+                job.sentence = reason
+                effects += self._tell(job)
+        return effects
 
     def _timeline(self, now: float, route: bytes, report: Timeline) -> list[Effect]:
         job = self.jobs.get(report.job)

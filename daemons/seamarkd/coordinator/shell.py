@@ -58,7 +58,7 @@ class CoordinatorShell:
         dealer = make_socket(context, zmq.DEALER)
         dealer.connect(check_address(lighthouse))
         subscriber = make_socket(context, zmq.SUB)
-        subscriber.subscribe(b"job/")
+        subscriber.subscribe(b"")
         subscriber.connect(check_address(events))
         self._requests = Channel(router, self._on_message)
         self._lighthouse = Channel(dealer, self._on_lighthouse)

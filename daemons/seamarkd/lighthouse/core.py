@@ -85,8 +85,10 @@ class Lighthouse:
         self.nodes.probed(node, incarnation, result)
 
     def event_beat(self) -> EventBeat:
-        """The idle beat: the latest sequence number of every job."""
-        return EventBeat(self.epoch, {job: events.sequence for job, events in self._events.items()})
+        """The idle beat: the latest sequence number of every job, and what its members wait for."""
+        latest = {job: events.sequence for job, events in self._events.items()}
+        waiting = {job: group.reason for job, group in self.groups.items() if group.waits}
+        return EventBeat(self.epoch, latest, waiting)
 
     # --- handlers ------------------------------------------------------------------------------------------
 
