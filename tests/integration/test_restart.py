@@ -16,6 +16,7 @@ STEPS = 120
 EVERY = 10
 FOUR = ("--nproc-per-node", "4")
 PACE = ("--steps", str(STEPS), "--every", str(EVERY), "--pause", "0.01")
+FAILURES = 60
 KILLS = int(os.environ.get("SEAMARK_KILLS", "10"))
 """The proof is 100: ``SEAMARK_KILLS=100 scripts/test.sh -k many_kills``."""
 
@@ -114,6 +115,26 @@ def test_an_exception_on_one_rank(tmp_path: Path, undisturbed: str) -> None:
     assert failure["cause"]["text"].startswith("ValueError: asked to fail")
 
 
+def test_a_function_that_fails_at_once_on_all_ranks_again_and_again(tmp_path: Path) -> None:
+    """Interrupts arrive while groups are made and their hooks hold locks, and nothing stays locked or half-made."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import seamark, torch.distributed as dist\n"
+        "@seamark.Wrapper()\n"
+        "def train(call: seamark.CallWrapper) -> None:\n"
+        "    dist.init_process_group('gloo')\n"
+        f"    if call.iteration < {FAILURES}:\n"
+        "        raise ValueError('asked to fail')\n"
+        "train()\n"
+    )
+    with standalone(tmp_path, *FOUR, script=script) as run:
+        assert run.finish() == 0, run.text() + run.logs()
+        culprits = {
+            first["cause"]["text"].splitlines()[0] for first, *_ in (one["failures"] for one in run.incidents())
+        }
+    assert culprits == {"ValueError: asked to fail"}
+
+
 def test_many_kills(tmp_path: Path) -> None:
     """One kill is one event, one incident with the right culprit, one restart, one iteration."""
     chance = random.Random(KILLS)
@@ -143,19 +164,27 @@ def _complete(incidents: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
 
 
 def test_fifty_restarts_leave_threads_and_descriptors_where_they_were(tmp_path: Path) -> None:
-    arguments = ("--steps", "1000000", "--every", "1000000", "--counts")
+    """A group with a send that Gloo forgot (docs/operations.md) goes when its timeout does: so the timeout is short."""
+    arguments = ("--steps", "1000000", "--every", "1000000", "--counts", "--timeout", "10", "--pause", "0.002")
     with standalone(tmp_path, *FOUR, "--max-restarts", "100", arguments=arguments) as run:
-        for iteration in range(51):
+        for iteration in range(50):
             run.wait_step(0, 6, iteration)
-            if iteration < 50:
-                run.kill(3)
-        counts = [
-            [(r["threads"], r["fds"]) for r in run.reports(rank) if "threads" in r and r["iteration"] > 0]
-            for rank in (0, 1, 2)
-        ]
-    for rank, seen in enumerate(counts):
-        assert len(seen) >= 45, f"rank {rank}"
-        assert max(seen[-10:]) <= max(seen[:10]), f"rank {rank} has (threads, descriptors) {seen}"
+            run.kill(3)
+        for rank in (0, 1, 2):
+            first = wait_for("the first count", lambda rank=rank: _counted(run, rank, 1))
+            last = wait_for("the last count", lambda rank=rank: _counted(run, rank, 50))
+            assert last[0]["pid"] == first[0]["pid"]
+            allowed = {name: min(one[name] for one in first) for name in ("threads", "fds")}
+
+            def back(rank: int = rank, allowed: dict[str, int] = allowed) -> bool:
+                latest = run.reports(rank)[-1]
+                return all(latest.get(name, 1_000) <= most for name, most in allowed.items())
+
+            wait_for(f"rank {rank} has no more threads and descriptors than {allowed}", back, 30.0)
+
+
+def _counted(run: Standalone, rank: int, iteration: int) -> list[dict[str, Any]]:
+    return [one for one in run.reports(rank) if one["iteration"] == iteration and "threads" in one]
 
 
 def test_kill_of_the_store_service(tmp_path: Path, undisturbed: str) -> None:

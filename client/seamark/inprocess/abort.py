@@ -13,6 +13,8 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -33,9 +35,14 @@ class ProcessGroups:
     """The process groups and store clients of one wrapper: what belongs to them, how to cut it, how to forget it.
 
     ``cut()`` is called from any thread but the one that is to be freed; everything else may be called from any.
+
+    Args:
+        uninterrupted: a context in which the calling thread gets no ``RestartInterrupt``: one that arrived while a
+            lock is being taken would leave it locked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, uninterrupted: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self._uninterrupted = uninterrupted
         self._changed = threading.Condition()
         self._aborted = False
         self._under_way: list[Creation] = []
@@ -112,13 +119,10 @@ class ProcessGroups:
         """
         c10d: Any = sys.modules.get("torch.distributed.distributed_c10d")
         if c10d is not None:
-            if c10d.is_initialized():
-                c10d.destroy_process_group()
-            # An initialisation that failed half-way has counted its group; names made from the count must agree
-            # between ranks that failed at different places.
-            c10d._world.group_count = 0
+            _forget_groups(c10d)
             _unwrap_excepthook(c10d)
         with self._changed:
+            self._under_way = [one for one in self._under_way if one.thread != threading.get_ident()]
             self._loops.clear()
             self._store_sockets.clear()
             self._called.clear()
@@ -137,22 +141,24 @@ class ProcessGroups:
             )
 
     def _begins(self, creation: Creation) -> None:
-        with self._changed:
+        with self._uninterrupted(), self._changed:
             self._refuse_when_aborted()
             self._under_way.append(creation)
 
     def _ends(self, creation: Creation, made: Any) -> None:
-        loops = creation.loops()
-        with self._changed:
-            self._under_way.remove(creation)
-            self._loops += loops
-            self._made.append(made)
-            if loops:
-                self._ready_at = time.monotonic()
-            aborted = self._aborted
-            self._changed.notify_all()
-        if aborted:
-            self._cut_known()
+        with self._uninterrupted():
+            loops = creation.loops()
+            with self._changed:
+                if creation in self._under_way:
+                    self._under_way.remove(creation)
+                self._loops += loops
+                self._made.append(made)
+                if loops:
+                    self._ready_at = time.monotonic()
+                aborted = self._aborted
+                self._changed.notify_all()
+            if aborted:
+                self._cut_known()
 
     def _cut_known(self) -> int:
         with self._changed:
@@ -252,6 +258,31 @@ def _abort_nccl() -> None:
     deadline = time.monotonic() + _NCCL_ABORT_TIMEOUT
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _forget_groups(c10d: Any) -> None:
+    """Destroys the groups, and takes out of torch's registries those whose initialisation was left half-way.
+
+    Their names and their count would meet the next iteration's: ranks that failed at different places have to give
+    the same names to the same groups.
+    """
+    world = c10d._world
+    if c10d.is_initialized() and world.default_pg in world.pg_map:
+        c10d.destroy_process_group()
+        return
+    c10d._update_default_pg(None)
+    for registry in (
+        world.pg_map,
+        world.pg_names,
+        world.pg_group_ranks,
+        world.pg_backend_config,
+        world.pg_to_tag,
+        world.tags_to_pg,
+        world.pg_coalesce_state,
+    ):
+        registry.clear()
+    c10d._unregister_all_process_groups()
+    world.group_count = 0
 
 
 def _unwrap_excepthook(c10d: Any) -> None:

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,10 +88,11 @@ class GlooLoop(NamedTuple):
 
 
 class Creation:
-    """One creation of a group by ``size`` ranks, since the monotonic time ``since``."""
+    """One creation of a group by ``size`` ranks, in the calling thread, since the monotonic time ``since``."""
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.thread = threading.get_ident()
         self.since = time.monotonic()
         self._before = frozenset(s.inode for s in open_sockets())
 
@@ -103,7 +105,7 @@ class GroupWatch:
     """Sees every process group come into being, in whatever thread.
 
     ``begins`` is called before each creation and may raise to refuse it; ``ends`` after each, also after one that
-    failed.
+    failed or was refused. An interrupt of the thread can get between the end of a creation and ``ends``.
     """
 
     def __init__(self, begins: Callable[[Creation], None], ends: Callable[[Creation, Any], None]) -> None:
@@ -132,9 +134,9 @@ class GroupWatch:
         @functools.wraps(original)
         def create(*args: Any, **kwargs: Any) -> Any:
             creation = Creation(size(*args, **kwargs))
-            self._begins(creation)
             made: Any = None
             try:
+                self._begins(creation)
                 made = original(*args, **kwargs)
                 return made
             finally:

@@ -9,16 +9,23 @@ thread alone writes (``_armed``, ``_atomic``) can't change under it, and a lock 
 that the handler waits for in vain. The one value written by the monitor, ``_aborted``, only rises. CPython looks for
 signals when a call returns, when a function starts and when a loop turns, and never between the end of a ``try`` body
 and a plain store at the head of its ``finally``: so ``_armed = None`` there closes the window for good.
+
+The function's own locks are another matter: a lock that is taken or given back by Python code (a ``Condition``, a
+logging handler) can be left locked by an exception that arrives inside that code, and then the whole process waits
+for it. There the signal is passed over, and sent again a millisecond later.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+import multiprocessing.synchronize
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 from seamark.inprocess.exceptions import RestartError, RestartInterrupt
@@ -26,6 +33,27 @@ from seamark.inprocess.exceptions import RestartError, RestartInterrupt
 DEFAULT_SIGNAL = signal.SIGRTMIN + 7
 REPEAT_INTERVAL = 0.1
 """Seconds between two signals: one can be spent where an exception is swallowed, as in a destructor."""
+
+_PASSED_OVER_INTERVAL = 0.001
+_MOST_PASSED_OVER = 100
+"""Signals passed over in one run: a thread that waits for a lock that nobody gives back is interrupted after all."""
+
+
+def _locking_code() -> frozenset[CodeType]:
+    owners = (
+        threading.Condition,
+        threading.Semaphore,
+        multiprocessing.synchronize.SemLock,
+        multiprocessing.synchronize.Condition,
+        logging.Handler,
+        logging,
+    )
+    names = ("__enter__", "__exit__", "acquire", "release", "_acquire_restore", "_acquireLock", "_releaseLock")
+    found = (getattr(owner, name, None) for owner, name in itertools.product(owners, names))
+    return frozenset(code for code in (getattr(one, "__code__", None) for one in found) if code is not None)
+
+
+_LOCKING_CODE = _locking_code()
 
 T = TypeVar("T")
 
@@ -55,6 +83,7 @@ class Interrupter:
         self._atomic = 0
         self._aborted = -1
         self._handled = 0
+        self._passed_over = 0
         self._left = threading.Condition()
         self._outside = True
         signal.signal(signum, self._handle)
@@ -85,6 +114,7 @@ class Interrupter:
                 returned or raised something else meanwhile.
         """
         self._outside = False
+        self._passed_over = 0
         try:
             try:
                 self._armed = iteration
@@ -103,7 +133,13 @@ class Interrupter:
 
     @contextmanager
     def atomic(self) -> Iterator[None]:
-        """Within this block of the function no interrupt is raised; a pending one is at its end."""
+        """Within this block of the function no interrupt is raised; a pending one is at its end.
+
+        Other threads than the main one are never interrupted, and may enter it too.
+        """
+        if threading.get_ident() != self._main:
+            yield
+            return
         self._atomic += 1
         try:
             yield
@@ -127,16 +163,23 @@ class Interrupter:
         """
         deadline = time.monotonic() + timeout
         while not self._outside:
+            passed_over = self._passed_over
             signal.pthread_kill(self._main, self._signum)
             with self._left:
                 remaining = min(REPEAT_INTERVAL, deadline - time.monotonic())
                 if remaining <= 0:
                     return self._outside
-                self._left.wait_for(lambda: self._outside, remaining)
+                left = self._left.wait_for(lambda: self._outside, min(remaining, _PASSED_OVER_INTERVAL))
+                if not left and self._passed_over == passed_over:
+                    self._left.wait_for(lambda: self._outside, remaining)
         return True
 
     def _handle(self, signum: int, frame: FrameType | None) -> Any:
         self._handled += 1
         armed = self._armed
-        if armed is not None and self._atomic == 0 and self._aborted >= armed:
-            raise RestartInterrupt
+        if armed is None or self._atomic or self._aborted < armed:
+            return
+        if frame is not None and frame.f_code in _LOCKING_CODE and self._passed_over < _MOST_PASSED_OVER:
+            self._passed_over += 1
+            return
+        raise RestartInterrupt

@@ -117,7 +117,7 @@ class _Restarter:
     def __init__(self, environment: WorkerEnvironment, interrupt_signal: int) -> None:
         self._who = environment
         self._interrupter = Interrupter(interrupt_signal)
-        self._groups = ProcessGroups()
+        self._groups = ProcessGroups(self._interrupter.atomic)
         self._rendezvous = EnvRendezvous()
         self._spare = SpareStore(STORE_TIMEOUT)
         self._page = worker_page(environment.incarnation)
@@ -207,11 +207,13 @@ class _Restarter:
     def _first_ping(self) -> None:
         """The first ping of an iteration ends the incident's timeline; the others are a memory write."""
         self._stamps["first_step"] = time.monotonic()
-        self.call.ping = self._page.ping
         self._page.ping()
-        self._report_timeline()
-        if self._last is not None:
-            self._spare.prepare(self._last.store)
+        # Starting a thread takes locks of Python's own, which an interrupt must not leave locked.
+        with self._interrupter.atomic():
+            self.call.ping = self._page.ping
+            self._report_timeline()
+            if self._last is not None:
+                self._spare.prepare(self._last.store)
 
     def _after_fault(self, iteration: int, error: BaseException | None) -> None:
         self._report_timeline()

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -85,7 +86,9 @@ def _read(directory: Path) -> tuple[str, list[Incident]]:
 def show(console: Console, job: str, summary: str, incidents: list[Incident], *, every_rank: bool) -> None:
     """Prints the incidents of a job."""
     times = "once" if len(incidents) == 1 else f"{len(incidents)} times"
-    console.print(f"[bold]{job}[/] {summary}; interrupted {times if incidents else 'never'}", highlight=False)
+    console.print(
+        f"[bold]{escape(job)}[/] {escape(summary)}; interrupted {times if incidents else 'never'}", highlight=False
+    )
     for incident in incidents:
         _show_incident(console, incident, every_rank=every_rank)
 
@@ -105,12 +108,14 @@ def _show_incident(console: Console, incident: Incident, *, every_rank: bool) ->
     rows = segments(incident)
     whole = total(rows)
     console.print()
-    console.print(f"[bold]#{incident.number}[/] {headline(incident)}", highlight=False)
+    console.print(f"[bold]#{incident.number}[/] {escape(headline(incident))}", highlight=False)
     culprit = incident.failures[0]
     for other in incident.failures[1:]:
-        console.print(f"   also {who(other)} {other.kind}: {first_line(other.cause.text)}", highlight=False)
+        console.print(
+            f"   also {who(other)} {other.kind}: {first_line(other.cause.text)}", markup=False, highlight=False
+        )
     for other in incident.consequences:
-        console.print(f"   consequence: {who(other)}: {first_line(other.cause.text)}", highlight=False)
+        console.print(f"   consequence: {who(other)}: {first_line(other.cause.text)}", markup=False, highlight=False)
     if incident.next_iteration < 0:
         console.print("   ended by a restart of all workers, or by the job's end", highlight=False)
         return
