@@ -160,6 +160,8 @@ def test_stopping_while_the_keeper_still_imports_leaves_nothing_behind(tmp_path:
         wait_for("the keeper", lambda: "starts the store" in run.text())
         run.process.send_signal(signal.SIGINT)
         assert run.finish() == 130, run.text()
+        assert "starts the workers" not in run.text(), "it waited for the import"
+        assert "lost the keeper" not in run.text()
 
 
 def test_a_killed_run_takes_its_workers_with_it(tmp_path: Path) -> None:

@@ -23,20 +23,19 @@ KILLS = int(os.environ.get("SEAMARK_KILLS", "10"))
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of a run that nothing happened to; another seed gives another."""
-    digests = []
-    for seed in (0, 1):
-        with standalone(tmp_path_factory.mktemp("undisturbed"), *FOUR, arguments=(*PACE, "--seed", str(seed))) as run:
-            assert run.finish() == 0, run.text() + run.logs()
-            (digest,) = run.digests()
-            assert run.incidents() == []
-            digests.append(digest)
-    assert digests[0] != digests[1]
-    return digests[0]
+    """The digest of a run that nothing happened to."""
+    with standalone(tmp_path_factory.mktemp("undisturbed"), *FOUR, arguments=PACE) as run:
+        assert run.finish() == 0, run.text() + run.logs()
+        (digest,) = run.digests()
+        assert run.incidents() == []
+        began = {report["sha256"] for rank in range(4) for report in run.reports(rank) if report["event"] == "resumed"}
+    assert len(began) == 1, "all ranks begin equal"
+    assert digest not in began, "a digest tells what was learned"
+    return digest
 
 
 def check_end(run: Standalone, undisturbed: str, *, iterations: int) -> list[dict[str, Any]]:
-    """The run succeeded with equal parameters, resumed from a checkpoint, and its records tell the truth."""
+    """The run succeeded with equal parameters, resumed from checkpoints, and its records tell the truth."""
     assert run.finish() == 0, run.text() + run.logs()
     assert run.digests() == {undisturbed}
     resumed = [report for report in run.reports(0) if report["event"] == "resumed" and report["iteration"] > 0]
@@ -49,23 +48,17 @@ def check_end(run: Standalone, undisturbed: str, *, iterations: int) -> list[dic
     return incidents
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_kill_of_one_rank(tmp_path: Path, undisturbed: str, rank: int) -> None:
+def test_kill_of_rank_0_of_another_and_of_two_at_once(tmp_path: Path, undisturbed: str) -> None:
+    killed = [(0,), (2,), (1, 3)]
     with standalone(tmp_path, *FOUR, arguments=PACE) as run:
-        run.wait_step(1, STEPS // 2, 0)
-        run.kill(rank)
-        (incident,) = check_end(run, undisturbed, iterations=1)
-    (failure,) = incident["failures"]
-    assert (failure["rank"], failure["kind"], failure["cause"]["status"]) == (rank, "lost", 9)
-    assert set(incident["stamps"]) == {f"job/{other}" for other in range(4)}
-
-
-def test_kill_of_two_at_once(tmp_path: Path, undisturbed: str) -> None:
-    with standalone(tmp_path, *FOUR, arguments=PACE) as run:
-        run.wait_step(0, STEPS // 2, 0)
-        run.kill(1, 3)
-        (incident,) = check_end(run, undisturbed, iterations=1)
-    assert {failure["rank"] for failure in incident["failures"]} == {1, 3}
+        for iteration, ranks in enumerate(killed):
+            run.wait_step(0, (iteration + 1) * STEPS // 4, iteration)
+            run.kill(*ranks)
+        incidents = check_end(run, undisturbed, iterations=len(killed))
+    for incident, ranks in zip(incidents, killed, strict=True):
+        assert {failure["rank"] for failure in incident["failures"]} == set(ranks)
+        assert {(failure["kind"], failure["cause"]["status"]) for failure in incident["failures"]} == {("lost", 9)}
+        assert set(incident["stamps"]) == {f"job/{rank}" for rank in range(4)}
 
 
 def test_kill_of_two_shortly_after_each_other_swept(tmp_path: Path, undisturbed: str) -> None:
@@ -105,14 +98,18 @@ def test_kill_while_the_others_are_in_init_process_group(tmp_path: Path, undistu
     assert [failure["rank"] for failure in incident["failures"]] == [victim]
 
 
-def test_an_exception_on_one_rank(tmp_path: Path, undisturbed: str) -> None:
-    with standalone(tmp_path, *FOUR, arguments=(*PACE, "--raise-at", f"2:{STEPS // 2}")) as run:
-        (incident,) = check_end(run, undisturbed, iterations=1)
+def test_an_exception_on_one_rank_and_the_end_of_the_store(tmp_path: Path, undisturbed: str) -> None:
+    with standalone(tmp_path, *FOUR, arguments=(*PACE, "--raise-at", f"2:{STEPS // 3}")) as run:
+        run.wait_step(1, 2 * STEPS // 3, 1)
+        (store,) = [process for process in run.keeper().children() if "torch.distributed.TCPStore" in process.cmdline()]
+        store.kill()
+        incidents = check_end(run, undisturbed, iterations=2)
         pids = {report["pid"] for rank in range(4) for report in run.reports(rank)}
-    assert len(pids) == 4, "an exception restarts nobody's process"
-    (failure,) = incident["failures"]
-    assert (failure["rank"], failure["kind"]) == (2, "faulted")
-    assert failure["cause"]["text"].startswith("ValueError: asked to fail")
+    assert len(pids) == 4, "neither restarts anybody's process"
+    raised, lost = (incident["failures"][0] for incident in incidents)
+    assert (raised["rank"], raised["kind"]) == (2, "faulted")
+    assert raised["cause"]["text"].startswith("ValueError: asked to fail")
+    assert lost["cause"]["kind"] == "store"
 
 
 def test_a_function_that_fails_at_once_on_all_ranks_again_and_again(tmp_path: Path) -> None:
@@ -185,15 +182,3 @@ def test_fifty_restarts_leave_threads_and_descriptors_where_they_were(tmp_path: 
 
 def _counted(run: Standalone, rank: int, iteration: int) -> list[dict[str, Any]]:
     return [one for one in run.reports(rank) if one["iteration"] == iteration and "threads" in one]
-
-
-def test_kill_of_the_store_service(tmp_path: Path, undisturbed: str) -> None:
-    with standalone(tmp_path, *FOUR, arguments=PACE) as run:
-        run.wait_step(1, STEPS // 2, 0)
-        (store,) = [process for process in run.keeper().children() if "torch.distributed.TCPStore" in process.cmdline()]
-        store.kill()
-        (incident,) = check_end(run, undisturbed, iterations=1)
-        pids = {report["pid"] for rank in range(4) for report in run.reports(rank)}
-    assert len(pids) == 4, "the loss of the store restarts nobody's process"
-    (failure,) = incident["failures"]
-    assert failure["cause"]["kind"] == "store"

@@ -68,7 +68,7 @@ def train(call: seamark.CallWrapper) -> str:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    say(event="resumed", iteration=call.iteration, rank=rank, step=resumed)
+    say(event="resumed", iteration=call.iteration, rank=rank, step=resumed, sha256=digest(model))
     for step in range(resumed + 1, options.steps + 1):
         until = time.monotonic() + options.pause
         if options.raise_at == f"{rank}:{step}" and call.iteration == 0:

@@ -124,6 +124,8 @@ class Preloaded:
 def preload(names: Iterable[str]) -> Preloaded:
     """Import the modules one by one, up to the first that makes a fork unsafe."""
     done = Preloaded()
+    # The imports leave little garbage; looking for it takes a seventh of their time.
+    gc.disable()
     for name in names:
         began = time.monotonic()
         try:
@@ -141,6 +143,7 @@ def preload(names: Iterable[str]) -> Preloaded:
     # Frozen, what is here stays unwritten by the garbage collector of a child, and so isn't copied.
     gc.collect()
     gc.freeze()
+    gc.enable()
     use_huge_pages()
     return done
 

@@ -246,12 +246,17 @@ class AgentShell:
             log=str(Path(spec.log_dir) / "keeper.log"),
             epoch=1,
             on_exited=lambda process: self._exited(job, process),
-            on_closed=lambda why: log.error("job %s: lost the keeper: %s", job, why),
+            on_closed=lambda why: self._lost_keeper(job, why),
             linger=self._linger,
         )
         if not keeper.ready.forks:
             log.warning("job %s: workers are started by exec, not forked: %s", job, keeper.ready.reason)
         return keeper
+
+    def _lost_keeper(self, job: str, why: str) -> None:
+        kept = self._kept.get(job)
+        if kept is None or not kept.ending:
+            log.error("job %s: lost the keeper: %s", job, why)
 
     async def _start_worker(self, order: StartWorker) -> None:
         kept = self._keeper(order.job)
@@ -376,6 +381,12 @@ class AgentShell:
         self._perform(self.core.stopped(order.job))
 
     async def _end_job(self, kept: Kept, grace: float, *, final: bool = True) -> None:
+        if final and not kept.keeper.done():
+            # It imports torch, for seconds; it has no process yet.
+            kept.ending = True
+            kept.keeper.cancel()
+            await asyncio.wait([kept.keeper])
+            return
         try:
             keeper = await kept.keeper
             kept.ending = final
