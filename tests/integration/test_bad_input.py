@@ -14,6 +14,9 @@ from standalone import Standalone, standalone, wait_for
 
 pytestmark = pytest.mark.integration
 
+TORCH = ("--preload", "numpy,torch,torch.distributed")
+"""What a script without an optimizer needs: torch._dynamo is the slower half of the import."""
+
 
 def seamark(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / "run"), "XDG_STATE_HOME": str(tmp_path / "state")}
@@ -40,6 +43,7 @@ def seamark(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         (["run", "--standalone", "--name", "a/b", __file__], 64, "slash"),
         (["run", "--standalone", "--env", "NOVALUE", __file__], 64, "NAME=VALUE"),
         (["run", "--standalone", "--restart-policy", "min-healthy", __file__], 78, "replace or any-failed"),
+        (["run", "--standalone", "--preload", "torch,my module", __file__], 64, "'my module' is no module's name"),
         (["run", "x.py"], 64, "--standalone"),
         (["why", "nothing"], 64, "there is no job nothing"),
         (["frobnicate"], 64, "frobnicate"),
@@ -74,7 +78,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 def test_a_worker_that_exits_at_once_for_ever(tmp_path: Path, policy: str) -> None:
     starts = tmp_path / "starts"
     text = f"open({str(starts)!r}, 'a').write('x')\nprint('the disk is upside down')\nraise SystemExit(1)\n"
-    options = ("--max-restarts", "3", "--restart-policy", policy)
+    options = ("--max-restarts", "3", "--restart-policy", policy, "--preload", "none")
     with standalone(tmp_path, *options, script=script(tmp_path, text)) as run:
         assert run.finish() == 1
         assert "rank 0 exited with code 1, and the 3 restarts of --max-restarts are used up" in run.text()
@@ -92,7 +96,7 @@ def train():
     os.kill(os.getpid(), 9)
 train()
 """
-    with standalone(tmp_path, "--max-restarts", "3", script=script(tmp_path, text)) as run:
+    with standalone(tmp_path, *TORCH, "--max-restarts", "3", script=script(tmp_path, text)) as run:
         assert run.finish() == 1
         assert "rank 0 killed by SIGKILL, and the 3 restarts of --max-restarts are used up" in run.text()
     assert starts.read_text() == "x" * 4
@@ -113,7 +117,7 @@ print("finished", dist.get_world_size())
 
 @pytest.mark.parametrize("policy", ["replace", "any-failed"])
 def test_a_script_that_never_calls_the_wrapper_is_restarted_whole(tmp_path: Path, policy: str) -> None:
-    options = ("--nproc-per-node", "2", "--restart-policy", policy)
+    options = (*TORCH, "--nproc-per-node", "2", "--restart-policy", policy)
     with standalone(tmp_path, *options, script=script(tmp_path, PLAIN)) as run:
         assert run.finish() == 0, run.text() + run.logs()
         assert ("no rank reached seamark.Wrapper" in run.text()) is (policy == "replace")
@@ -122,7 +126,7 @@ def test_a_script_that_never_calls_the_wrapper_is_restarted_whole(tmp_path: Path
 
 def test_any_failed_with_the_wrapper_is_refused(tmp_path: Path) -> None:
     text = "import seamark, time\n@seamark.Wrapper()\ndef train():\n    time.sleep(3600)\ntrain()\n"
-    with standalone(tmp_path, "--restart-policy", "any-failed", script=script(tmp_path, text)) as run:
+    with standalone(tmp_path, *TORCH, "--restart-policy", "any-failed", script=script(tmp_path, text)) as run:
         assert run.finish() == 1
         assert "--restart-policy replace" in run.text()
 
@@ -141,7 +145,7 @@ train()
 
 
 def test_restart_abort_ends_the_job(tmp_path: Path) -> None:
-    with standalone(tmp_path, "--nproc-per-node", "2", script=script(tmp_path, ABORTING)) as run:
+    with standalone(tmp_path, *TORCH, "--nproc-per-node", "2", script=script(tmp_path, ABORTING)) as run:
         assert run.finish() == 3, run.text() + run.logs()
         assert "the data is poisoned" in run.text()
 

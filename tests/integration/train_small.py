@@ -30,7 +30,8 @@ parser.add_argument("--every", type=int, default=10)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--pause", type=float, default=0.0, help="seconds each step takes at least")
 parser.add_argument("--raise-at", default="", help="RANK:STEP")
-parser.add_argument("--init-pause", type=float, default=0.0, help="seconds rank 3 waits before init_process_group")
+parser.add_argument("--init-pause", type=int, default=0, help="iterations in which rank 3 never joins the group")
+parser.add_argument("--raise-in", type=int, nargs=2, default=(0, 0), help="iterations in which rank 1 raises soon")
 parser.add_argument("--counts", action="store_true", help="report threads and descriptors at each step")
 parser.add_argument("--timeout", type=float, default=1800.0, help="of the process group, in seconds")
 options = parser.parse_args()
@@ -53,8 +54,8 @@ def digest(model: nn.Module) -> str:
 def train(call: seamark.CallWrapper) -> str:
     rank = call.state.rank
     say(event="entered", iteration=call.iteration, rank=rank, restarts=call.state.restarts)
-    if rank == 3 and call.iteration == 0:
-        time.sleep(options.init_pause)
+    if rank == 3 and call.iteration < options.init_pause:
+        time.sleep(3_600.0)
     dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
     say(event="initialised", iteration=call.iteration, rank=rank)
     torch.manual_seed(options.seed)
@@ -73,6 +74,8 @@ def train(call: seamark.CallWrapper) -> str:
         until = time.monotonic() + options.pause
         if options.raise_at == f"{rank}:{step}" and call.iteration == 0:
             raise ValueError("asked to fail")
+        if rank == 1 and step == resumed + 10 and options.raise_in[0] <= call.iteration < options.raise_in[1]:
+            raise ValueError("asked to fail soon")
         data = torch.randn(16, 32, generator=torch.Generator().manual_seed(options.seed << 40 | step << 8 | rank))
         loss = ddp(data).square().mean()
         optimizer.zero_grad()

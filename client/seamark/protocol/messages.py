@@ -85,6 +85,8 @@ class JobSpec(Part, frozen=True):
     master_port: Port = 0
     join_timeout: Duration = 30.0
     start_timeout: Duration = 120.0
+    preload: list[Name] | None = None
+    """Modules that each node imports once, before it forks workers; None: the keeper's own list."""
 
 
 class Member(Part, frozen=True):

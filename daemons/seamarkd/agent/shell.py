@@ -248,6 +248,7 @@ class AgentShell:
             on_exited=lambda process: self._exited(job, process),
             on_closed=lambda why: self._lost_keeper(job, why),
             linger=self._linger,
+            preload=spec.preload,
         )
         if not keeper.ready.forks:
             log.warning("job %s: workers are started by exec, not forked: %s", job, keeper.ready.reason)
