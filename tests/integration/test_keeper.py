@@ -116,6 +116,10 @@ class Session:
         await until(complete, f"{slot} to print {lines} lines")
         return self.log(slot).read_text().splitlines()
 
+    async def family(self, slot: str) -> list[int]:
+        """The process ids that FAMILY printed, parent first; its members print in any order."""
+        return [int(line.split()[1]) for line in sorted(await self.printed(slot, 3))]
+
     def release(self) -> None:
         for held in self._held:
             held.close()
@@ -448,7 +452,7 @@ def test_a_worker_sees_what_it_sees_under_plain_python(directory: Path, env: dic
             assert page > 2
             seen["fds"] -= 1
             plain = subprocess.run(
-                [sys.executable, *(["-m"] if module else []), *argv],
+                ["env", "--default-signal", sys.executable, *(["-m"] if module else []), *argv],
                 cwd=cwd,
                 env=environment(OMP_NUM_THREADS="1", A="ä", **env),
                 stdin=subprocess.DEVNULL,
@@ -532,14 +536,14 @@ FAMILY = """
     import os, signal, sys, time
     if "stubborn" in sys.argv:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print(os.getpid())
+    print(0, os.getpid())
     if os.fork() == 0:
-        print(os.getpid())
+        print(1, os.getpid())
         signal.pause()
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
-            print(os.getpid())
+            print(2, os.getpid())
             signal.pause()
         os._exit(0)
     if "leave" in sys.argv:
@@ -554,7 +558,7 @@ def test_a_signal_reaches_one_process_or_its_group_and_nobody_unknown(directory:
         async with keeper(directory) as session:
             path = session.script(FAMILY)
             await session.start("worker", path)
-            parent, child, grandchild = map(int, await session.printed("worker", 3))
+            parent, child, grandchild = await session.family("worker")
             with pytest.raises(KeeperError) as refusal:
                 await session.client.signal("worker", "another", signal.SIGKILL)
             assert refusal.value.code == "unknown_process"
@@ -582,7 +586,7 @@ def test_a_stop_leaves_nothing_behind(directory: Path, manner: str) -> None:
             path = session.script(FAMILY)
             await session.start("stays", path, manner)
             await session.start("leaves", path, manner, "leave")
-            pids = [int(pid) for slot in ("stays", "leaves") for pid in await session.printed(slot, 3)]
+            pids = [pid for slot in ("stays", "leaves") for pid in await session.family(slot)]
             os.kill(pids[0], signal.SIGSTOP)
             began = time.monotonic()
             assert await session.client.stop(grace) == []
@@ -605,7 +609,7 @@ def test_a_stop_that_is_not_final_ends_the_workers_and_what_they_left(directory:
         async with keeper(directory) as session:
             path = session.script(FAMILY)
             await session.start("worker", path, "stubborn")
-            pids = [int(pid) for pid in await session.printed("worker", 3)]
+            pids = await session.family("worker")
             stopping = asyncio.create_task(session.client.stop(0.2, final=False))
             await asyncio.sleep(0)
             with pytest.raises(KeeperError) as refusal:

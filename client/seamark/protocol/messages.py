@@ -85,8 +85,8 @@ class JobSpec(Part, frozen=True):
     master_port: Port = 0
     join_timeout: Duration = 30.0
     start_timeout: Duration = 120.0
-    preload: list[Name] | None = None
-    """Modules that each node imports once, before it forks workers; None: the keeper's own list."""
+    preload: list[Name] = []
+    """Modules that each node imports once, before it forks workers."""
 
 
 class Member(Part, frozen=True):
@@ -264,6 +264,8 @@ class Roster(Message, frozen=True):
     start_timeout: Duration
     allowance: Count
     spec: JobSpec
+    running: bool = False
+    """All workers of this generation were started before: who is not heard of soon is gone."""
 
 
 class MemberStarted(Message, frozen=True):
@@ -278,6 +280,22 @@ class MemberStarted(Message, frozen=True):
     member: Name
     incarnation: Name
     node: Name
+
+
+class LastQuorum(Message, frozen=True):
+    """What a node's workers know of their group's last quorum: a lighthouse that was started anew learns it back."""
+
+    type_id = 16
+    direction = "agent -> lighthouse"
+    answer = "Acknowledged | Refused"
+    request: Count
+    job: Name
+    generation: Count
+    quorum_id: QuorumId
+    iteration: Count
+    restarts: Count
+    members: list[Name]
+    completed: bool
 
 
 class MemberLost(Message, frozen=True):
@@ -601,6 +619,76 @@ class Incidents(Message, frozen=True):
     request: Count
     job: Name
     incidents: list[Incident]
+
+
+class StatusRequest(Message, frozen=True):
+    """How are you? Asked of each daemon that serves; the coordinator and the lighthouse see different things."""
+
+    type_id = 46
+    direction = "operator -> coordinator | lighthouse"
+    answer = "CoordinatorStatus | LighthouseStatus"
+    request: Count
+
+
+class NodeStatus(Part, frozen=True):
+    """A node's places as the coordinator knows them."""
+
+    node: Name
+    slots: Count
+    used: Count
+
+
+class MemberStatus(Part, frozen=True):
+    """A worker of a living job. ``step`` is -1 before its first progress report."""
+
+    member: Name
+    rank: Count
+    node: Name
+    pid: Count
+    alive: bool
+    step: Annotated[int, Meta(ge=-1)]
+
+
+class CoordinatorStatus(Message, frozen=True):
+    """What the coordinator knows. ``trouble`` is empty, or says what it can't do and what to do about it."""
+
+    type_id = 47
+    direction = "coordinator -> operator"
+    request: Count
+    epoch: Count
+    software: Short
+    pid: Count
+    uptime: Duration
+    trouble: Text
+    nodes: list[NodeStatus]
+    jobs: list[JobStatus]
+    members: dict[str, list[MemberStatus]]
+
+
+class NodeHealth(Part, frozen=True):
+    """A node's heartbeat as the lighthouse sees it. ``verdict``: "", "agent down" or "frozen"."""
+
+    node: Name
+    beat_age: Duration
+    verdict: Short
+
+
+class LighthouseStatus(Message, frozen=True):
+    """What the lighthouse knows. ``sentence`` is empty unless many nodes are silent at once."""
+
+    type_id = 48
+    direction = "lighthouse -> operator"
+    request: Count
+    epoch: Count
+    software: Short
+    pid: Count
+    uptime: Duration
+    sentence: Text
+    nodes: list[NodeHealth]
+    waiting: dict[str, Text]
+    """By job: what its quorum waits for."""
+    dropped: dict[str, int]
+    """Frames that were no message, by reason."""
 
 
 # --- agent and coordinator ---------------------------------------------------------------------------------

@@ -17,10 +17,13 @@ from seamark.protocol.messages import (
     Complete,
     EventBeat,
     Join,
+    LastQuorum,
+    LighthouseStatus,
     MemberFaulted,
     MemberLost,
     MemberStarted,
     Message,
+    NodeHealth,
     NodeHello,
     Refused,
     Roster,
@@ -55,6 +58,7 @@ class Lighthouse:
             MemberStarted: self._report,
             MemberLost: self._report,
             StoreLost: self._report,
+            LastQuorum: self._report,
             MemberFaulted: self._faulted,
             Join: self._request,
             Complete: self._request,
@@ -90,6 +94,23 @@ class Lighthouse:
         waiting = {job: group.reason for job, group in self.groups.items() if group.waits}
         return EventBeat(self.epoch, latest, waiting)
 
+    def status(self, now: float, request: int) -> LighthouseStatus:
+        """What this lighthouse knows, for people; the shell adds what it knows of its process."""
+        return LighthouseStatus(
+            request=request,
+            epoch=self.epoch,
+            software="",
+            pid=0,
+            uptime=0.0,
+            sentence=self.nodes.sentence,
+            nodes=[
+                NodeHealth(node.name, max(0.0, now - node.last_beat), node.verdict)
+                for node in self.nodes.nodes.values()
+            ],
+            waiting={job: group.reason for job, group in self.groups.items() if group.waits},
+            dropped={},
+        )
+
     # --- handlers ------------------------------------------------------------------------------------------
 
     def _hello(self, now: float, route: bytes, hello: NodeHello) -> list[Effect]:
@@ -108,7 +129,9 @@ class Lighthouse:
             group = self.groups[roster.job] = Group(roster.job, RANKS, events, floor, self.nodes.last_beat)
         return [*group.set_roster(now, roster), Send(route, Acknowledged(roster.request))]
 
-    def _report(self, now: float, route: bytes, report: MemberStarted | MemberLost | StoreLost) -> list[Effect]:
+    def _report(
+        self, now: float, route: bytes, report: MemberStarted | MemberLost | StoreLost | LastQuorum
+    ) -> list[Effect]:
         group = self.groups.get(report.job)
         if group is None:
             return [Send(route, _unknown_job(report.request, report.job))]
@@ -119,6 +142,8 @@ class Lighthouse:
                 effects = group.lost(now, report)
             case StoreLost():
                 effects = group.store_lost(now, report)
+            case LastQuorum():
+                effects = group.recall(now, report)
         return [*effects, Send(route, Acknowledged(report.request))]
 
     def _faulted(self, now: float, route: bytes, report: MemberFaulted) -> list[Effect]:

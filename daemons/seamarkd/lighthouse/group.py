@@ -20,6 +20,7 @@ from seamark.protocol.messages import (
     Completed,
     Failure,
     Join,
+    LastQuorum,
     Member,
     MemberFaulted,
     MemberLost,
@@ -52,11 +53,24 @@ HEARTBEAT_TIMEOUT = 5.0
 
 @dataclass(slots=True)
 class MemberState:
-    """A slot of the roster and who fills it. ``incarnation`` is empty while nobody does."""
+    """A slot of the roster and who fills it.
+
+    ``incarnation`` is empty while nobody does, or as long as its agent has not told a lighthouse that was started
+    anew. ``lost`` is the incarnation whose loss was published last.
+    """
 
     slot: Slot
     incarnation: str = ""
     alive: bool = False
+    lost: str = ""
+
+    def may_lose(self, report: MemberLost) -> bool:
+        """True for the first report of the loss of who fills the slot, or filled it while nobody listened."""
+        if report.incarnation == self.lost:
+            return False
+        if self.incarnation in ("", report.incarnation):
+            return True
+        return bool(report.replacement) and report.replacement == self.incarnation
 
 
 @dataclass(slots=True)
@@ -126,7 +140,8 @@ class Group:
         self._start_timeout = roster.start_timeout
         stale = self._refuse_waiting("a newer generation of this job has been started")
         self.members = {slot.member: MemberState(slot) for slot in roster.slots}
-        self._expected = {slot.member: now + roster.start_timeout for slot in roster.slots}
+        wait = HEARTBEAT_TIMEOUT if roster.running else roster.start_timeout
+        self._expected = {slot.member: now + wait for slot in roster.slots}
         self._completions.clear()
         return stale
 
@@ -140,11 +155,24 @@ class Group:
         self._expected[report.member] = now + self._start_timeout
         return []
 
+    def recall(self, now: float, last: LastQuorum) -> list[Effect]:
+        """What members know of the last quorum, which a lighthouse that was started anew did not see."""
+        if last.generation != self.generation:
+            return []
+        self.done = self.done or last.completed
+        if self._previous is None or last.quorum_id > self._previous.quorum_id:
+            self._previous = PreviousQuorum(last.quorum_id, frozenset(last.members))
+            self._active = self._previous.members
+            self.iteration = max(self.iteration, last.iteration)
+            self.restarts = max(self.restarts, last.restarts)
+        return self.answer_if_ready(now)
+
     def lost(self, now: float, report: MemberLost) -> list[Effect]:
         """A member is dying or dead: published once per incarnation."""
         state = self.members.get(report.member)
-        if state is None or report.generation != self.generation or state.incarnation != report.incarnation:
+        if state is None or report.generation != self.generation or not state.may_lose(report):
             return []
+        state.lost = report.incarnation
         was_counted_on = report.member in self._joins or report.member in self._expected
         self._joins.pop(report.member, None)
         self._expected.pop(report.member, None)
@@ -240,7 +268,7 @@ class Group:
         """A member asks for the next quorum and waits."""
         waiter = Waiter(route, request.request, request.incarnation, now)
         refusal = self._refusal(route, request)
-        if refusal:
+        if refusal is not None:
             return refusal
         if self.done:
             return [Send(route, Completed(self.job, self.name, [_recipient(request.member, waiter)]))]
@@ -255,11 +283,14 @@ class Group:
     def complete(self, now: float, route: bytes, request: Complete) -> list[Effect]:
         """A member's function returned; all are told once the last active one has completed."""
         refusal = self._refusal(route, request)
-        if refusal:
+        if refusal is not None:
             return refusal
         waiter = Waiter(route, request.request, request.incarnation, now)
         if self.done:
             return [Send(route, Completed(self.job, self.name, [_recipient(request.member, waiter)]))]
+        if request.iteration > self.iteration:
+            # Answered by a lighthouse before this one: the agent will say so, and the member ask again.
+            return []
         if request.iteration != self.iteration or self._incident is not None:
             reason = f"iteration {request.iteration} was given up before all members had completed it"
             reset = QuorumReset(self.job, self.name, [_recipient(request.member, waiter)], reason)
@@ -417,15 +448,19 @@ class Group:
         self._joins.clear()
         return effects
 
-    def _refusal(self, route: bytes, request: Join | Complete) -> list[Effect]:
+    def _refusal(self, route: bytes, request: Join | Complete) -> list[Effect] | None:
+        """What to say to a request that is not taken; None for one that is."""
         state = self.members.get(request.member)
         if state is None:
             sentence = f"{request.member} is not in the roster of job {self.job}"
             return [Send(route, Refused(request.request, "UNKNOWN_MEMBER", sentence, self.job, request.member))]
+        if request.generation > self.generation or not state.incarnation:
+            # The roster or the agent's announcement is on its way; the member asks again.
+            return []
         if request.generation != self.generation or request.incarnation != state.incarnation:
             sentence = f"{request.member} was replaced by a newer process of job {self.job}: this one must end"
             return [Send(route, Refused(request.request, "STALE_GENERATION", sentence, self.job, request.member))]
-        return []
+        return None
 
 
 def _recipient(member: str, waiter: Waiter) -> Recipient:

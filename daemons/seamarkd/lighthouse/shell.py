@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from typing import Any
 
 import zmq
+from msgspec.structs import replace
 
-from seamark.protocol.messages import Message
+from seamark.protocol.messages import Message, StatusRequest
 from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.channel import Channel
 from seamarkd.effects import Effect, Probe, Publish, Send
 from seamarkd.lighthouse.core import Lighthouse
 from seamarkd.lighthouse.nodes import ProbeResult
+from seamarkd.software import SOFTWARE
 
 log = logging.getLogger(__name__)
 
 TICK = 0.1
 """Seconds; the quorum tick of torchft. Only time-outs wait for it, everything else is answered at the event."""
-EVENT_BEAT_TICKS = 10
+EVENT_BEAT_TICKS = 2
+"""A restart of this daemon is seen by the epoch in its next beat, and a lost last event by its number."""
 PROBE_TIMEOUT = 0.2
 
 
@@ -52,6 +56,7 @@ class LighthouseShell:
         self._events = Channel(publisher)
         self._loop = asyncio.get_running_loop()
         self._probes: set[asyncio.Task[None]] = set()
+        self._since = time.monotonic()
         self._ticks = 0
         self._due = self._loop.time() + TICK
         self._timer = self._loop.call_at(self._due, self._tick)
@@ -65,6 +70,16 @@ class LighthouseShell:
         self._events.close()
 
     def _on_message(self, route: bytes, message: Message) -> None:
+        if isinstance(message, StatusRequest):
+            status = replace(
+                self.core.status(time.monotonic(), message.request),
+                software=SOFTWARE,
+                pid=os.getpid(),
+                uptime=time.monotonic() - self._since,
+                dropped=dict(self._requests.dropped),
+            )
+            self._requests.send(status, route)
+            return
         self._perform(self.core.handle(time.monotonic(), route, message))
 
     def _tick(self) -> None:
