@@ -85,9 +85,7 @@ class Standalone:
         try:
             manifest = Manifest(self._state / "manifest.db")
             lighthouse = LighthouseShell(context, lighthouse_address, events_address, EPOCH)
-            coordinator = CoordinatorShell(
-                context, self.coordinator, lighthouse_address, events_address, manifest, EPOCH
-            )
+            coordinator = CoordinatorShell(context, self.coordinator, lighthouse_address, events_address, manifest)
             agent = AgentShell(
                 context,
                 node=socket.gethostname(),
@@ -97,13 +95,15 @@ class Standalone:
                 events=events_address,
                 coordinator=self.coordinator,
                 host="127.0.0.1",
+                epoch=EPOCH,
                 linger=0.0,
             )
+            await agent.start()
             address = self._state / ADDRESS_FILE
             address.write_text(self.coordinator)
             self._serving.set()
             await self._stopping.wait()
-            await agent.close()
+            await agent.shut_down(0.0)
             await coordinator.close()
             lighthouse.close()
             address.unlink()

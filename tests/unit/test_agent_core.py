@@ -6,6 +6,7 @@ import itertools
 import signal
 from typing import TypeVar
 
+import msgspec
 import pytest
 
 from seamark.protocol.messages import (
@@ -13,6 +14,7 @@ from seamark.protocol.messages import (
     Completed,
     JobSpec,
     Join,
+    LastQuorum,
     MemberLost,
     MemberStarted,
     MemberStuck,
@@ -37,6 +39,9 @@ from seamarkd.agent.core import (
     RESEND_INTERVAL,
     Agent,
     Effect,
+    ForgetExit,
+    Job,
+    Remember,
     SignalWorker,
     StartStore,
     StartWorker,
@@ -190,7 +195,8 @@ def test_requests_are_forwarded_and_answers_delivered_to_whom_they_are_for() -> 
     assert bench.agent.from_worker(NOW, "i1", join) == [ToLighthouse(join)]
     recipients = [Recipient("job/0", "i0", 1), Recipient("job/1", "i1", 1)]
     answer = QuorumAnswer("job", "ranks", recipients, 1, 0, 0, 0, [], STORE)
-    assert bench.agent.from_lighthouse(NOW, answer) == [ToWorker("i0", answer), ToWorker("i1", answer)]
+    told = [one for one in bench.agent.from_lighthouse(NOW, answer) if isinstance(one, ToWorker)]
+    assert told == [ToWorker("i0", answer), ToWorker("i1", answer)]
     refused = Refused(1, "STALE_GENERATION", "no", "job", "job/1")
     assert bench.agent.from_lighthouse(NOW, refused) == [ToWorker("i1", refused)]
 
@@ -230,12 +236,12 @@ def test_reports_are_repeated_until_acknowledged() -> None:
 def test_the_store_is_started_once_per_order_and_its_death_is_repaired() -> None:
     agent = Agent("here", lambda: "s0")
     order = PrepareStore(3, 0, spec())
-    assert agent.from_coordinator(NOW, order) == [StartStore("job", "s0", 0)]
+    assert agent.from_coordinator(NOW, order) == [Remember("job"), StartStore("job", "s0", 0)]
     assert agent.from_coordinator(NOW, order) == []
     (ready,) = to_coordinator(agent.store_started("job", STORE, 20000), StoreReady)
     assert (ready.request, ready.master_port, ready.store) == (3, 20000, STORE)
     agent.from_coordinator(NOW, roster())
-    assert [type(one) for one in agent.store_exited("job")] == [StartStore]
+    assert [type(one) for one in agent.store_exited("job")] == [Remember, StartStore]
     (lost,) = to_lighthouse(agent.store_restarted(NOW, "job", NOW), StoreLost)
     assert lost.store.port == STORE.port
 
@@ -244,7 +250,7 @@ def test_the_store_is_started_once_per_order_and_its_death_is_repaired() -> None
 def test_stopping_is_answered_when_it_is_done(final: bool) -> None:
     bench = Bench()
     order = StopWorkers(9, "job", 0, 5.0, final)
-    assert bench.agent.from_coordinator(NOW, order) == [StopJobHere("job", 0, 5.0, final)]
+    assert bench.agent.from_coordinator(NOW, order) == [Remember("job"), StopJobHere("job", 0, 5.0, final)]
     assert to_lighthouse(bench.exit(-15), MemberLost) == []
     assert to_coordinator(bench.agent.stopped("job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
     assert ("job" in bench.agent.jobs) is not final
@@ -264,3 +270,71 @@ def test_a_worker_that_is_stuck_is_killed_and_replaced_once() -> None:
     assert (lost.cause.kind, lost.replacement) == ("stuck", "i2")
     assert SignalWorker("job", "job/0", "i0", signal.SIGKILL) in effects
     assert to_lighthouse(bench.die(), MemberLost) == []
+
+
+# --- an agent that is started anew -------------------------------------------------------------------------
+
+
+def remembered(bench: Bench) -> Job:
+    """What the agent had written down, read again."""
+    return msgspec.json.decode(msgspec.json.encode(bench.agent.jobs["job"]), type=Job)
+
+
+def test_living_workers_are_taken_up_and_nobody_is_started() -> None:
+    bench = Bench()
+    agent = Agent("here", lambda: "new")
+    assert agent.adopt(NOW, remembered(bench), {"i0", "i1"}) == []
+    assert agent.listening("job") == ["i0", "i1"]
+    assert started(agent.from_coordinator(NOW, roster())) == []
+    assert [one.pid for one in to_coordinator(agent.welcomed(NOW), WorkerStarted)] == [100, 101]
+    assert [one.incarnation for one in to_lighthouse(agent.registered(NOW), MemberStarted)] == ["i0", "i1"]
+
+
+def test_a_worker_that_was_to_be_started_is_started() -> None:
+    bench = Bench()
+    assert started(Agent("here", lambda: "new").adopt(NOW, remembered(bench), {"i0"})) == ["job/1"]
+
+
+def test_a_loss_that_nobody_acknowledged_is_reported_again() -> None:
+    bench = Bench()
+    bench.die("i0")
+    agent = Agent("here", lambda: "new")
+    effects = agent.adopt(NOW, remembered(bench), {"i0", "i1", "i2"})
+    (lost,) = to_lighthouse(effects, MemberLost)
+    assert (lost.incarnation, lost.replacement) == ("i0", "i2")
+    assert started(effects) == []
+
+
+def test_an_exit_is_kept_by_the_keeper_until_the_coordinator_knows_it() -> None:
+    bench = Bench()
+    (report,) = to_coordinator(bench.exit(-9), WorkerExited)
+    agent = Agent("here", lambda: "new")
+    agent.adopt(NOW, remembered(bench), {"i0", "i1", "i2"})
+    (again,) = to_coordinator(agent.exited(NOW, "job", "i0", -9, NOW, "/log", []), WorkerExited)
+    assert (again.incarnation, again.replacement) == (report.incarnation, report.replacement)
+    effects = agent.from_coordinator(NOW, Acknowledged(again.request))
+    assert effects == [ForgetExit("job", "job/0", "i0"), Remember("job")]
+    assert agent.jobs["job"].exited == {}
+
+
+def test_a_lighthouse_that_is_new_hears_of_the_last_quorum_before_all_else() -> None:
+    bench = Bench()
+    answer = QuorumAnswer("job", "ranks", [Recipient("job/0", "i0", 1)], 5, 0, 3, 3, [], STORE)
+    bench.agent.from_lighthouse(NOW, answer)
+    bench.die("i1")
+    messages = [one.message for one in bench.agent.registered(NOW) if isinstance(one, ToLighthouse)]
+    assert [type(one) for one in messages] == [LastQuorum, MemberLost, MemberStarted, MemberStarted]
+    assert (messages[0].iteration, messages[0].completed) == (3, False)
+    bench.agent.from_lighthouse(NOW, Completed("job", "ranks", [Recipient("job/0", "i0", 2)]))
+    assert bench.agent.jobs["job"].quorum.completed
+    (again,) = to_lighthouse(bench.agent.tick(NOW + RESEND_INTERVAL), LastQuorum)
+    assert again == messages[0]
+
+
+def test_the_order_of_a_coordinator_started_anew_finds_the_store_that_runs() -> None:
+    agent = Agent("here", lambda: "s0")
+    agent.from_coordinator(NOW, PrepareStore(3, 0, spec()))
+    assert agent.from_coordinator(NOW, PrepareStore(4, 0, spec())) == [], "it is being started"
+    agent.store_started("job", STORE, 20000)
+    (ready,) = to_coordinator(agent.from_coordinator(NOW, PrepareStore(5, 0, spec())), StoreReady)
+    assert (ready.request, ready.store) == (5, STORE)

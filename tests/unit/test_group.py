@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import msgspec
 import pytest
 
 from seamark.protocol.messages import (
@@ -15,6 +16,7 @@ from seamark.protocol.messages import (
     FailureEvent,
     JobSpec,
     Join,
+    LastQuorum,
     MemberFaulted,
     MemberLost,
     MemberStarted,
@@ -30,7 +32,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.effects import Effect, Publish, Send
 from seamarkd.lighthouse.events import EventLog
-from seamarkd.lighthouse.group import EVIDENCE_WINDOW, Group
+from seamarkd.lighthouse.group import EVIDENCE_WINDOW, HEARTBEAT_TIMEOUT, Group
 
 T = TypeVar("T", bound=Message)
 WORLD = 4
@@ -381,3 +383,81 @@ def test_a_survivor_that_can_not_be_freed_is_a_consequence_and_is_waited_for_ane
     assert [one.failure.member for one in running.published(FailureEvent)] == ["job/2"]
     (quorum,) = running.published(QuorumEvent)
     assert [one.member for one in quorum.consequences] == ["job/1"]
+
+
+# --- a lighthouse that is started anew ---------------------------------------------------------------------
+
+
+def recall(iteration: int, *, completed: bool = False) -> LastQuorum:
+    return LastQuorum(1, "job", 0, (1 << 32) + 9, iteration, iteration, members(), completed)
+
+
+@pytest.fixture
+def anew() -> Bench:
+    """A group of a later epoch that has the roster of a running job, and nothing else yet."""
+    bench = Bench.__new__(Bench)
+    bench.now, bench.request, bench.said = 50.0, 0, []
+    bench.incarnations = {member: f"{member}#0" for member in members()}
+    bench.last = dict.fromkeys(members(), 4)
+    bench.group = Group("job", RANKS, EventLog("job", 2), 2 << 32, lambda node: bench.now)
+    bench.group.set_roster(bench.now, msgspec.structs.replace(roster(0, base=4), running=True))
+    return bench
+
+
+def announce(bench: Bench, *ranks: int) -> None:
+    for rank in ranks:
+        member = f"job/{rank}"
+        report = MemberStarted(0, "job", 0, member, bench.incarnations[member], "n0")
+        bench.do(bench.group.started(bench.now, report))
+
+
+def test_a_join_before_the_announcement_is_not_refused(anew: Bench) -> None:
+    anew.join(0)
+    assert anew.said == []
+    announce(anew, 0, 1, 2, 3)
+    anew.join(0, 1, 2, 3)
+    (event,) = anew.published(QuorumEvent)
+    assert event.iteration == 5
+    assert event.quorum_id > 2 << 32
+
+
+def test_a_completion_of_an_iteration_it_has_not_heard_of_waits(anew: Bench) -> None:
+    announce(anew, 0, 1, 2, 3)
+    anew.complete(0, 1, 2, 3, iteration=6)
+    assert anew.said == []
+    anew.do(anew.group.recall(anew.now, recall(6)))
+    anew.complete(0, 1, 2, iteration=6)
+    assert not anew.group.done
+    anew.complete(3, iteration=6)
+    assert anew.group.done
+
+
+def test_a_completion_stays_a_completion(anew: Bench) -> None:
+    announce(anew, 0, 1, 2, 3)
+    anew.do(anew.group.recall(anew.now, recall(6, completed=True)))
+    anew.lose(2)
+    assert anew.published(FailureEvent) == []
+    anew.complete(0, iteration=6)
+    assert len(anew.sent(Completed)) == 1
+
+
+@pytest.mark.parametrize("announced_first", [False, True])
+def test_a_loss_while_it_was_away_is_published_once_in_the_right_iteration(anew: Bench, announced_first: bool) -> None:
+    anew.do(anew.group.recall(anew.now, recall(6)))
+    lost = MemberLost(0, "job", 0, "job/2", "job/2#0", KILLED, -1.0, anew.now, "canary", "job/2#1")
+    anew.incarnations["job/2"] = "job/2#1"
+    if announced_first:
+        announce(anew, 0, 1, 2, 3)
+    for _ in range(2):
+        anew.do(anew.group.lost(anew.now, lost))
+    (event,) = anew.published(FailureEvent)
+    assert (event.failure.iteration, event.epoch) == (6, 2)
+
+
+def test_it_waits_a_heartbeat_s_time_for_members_of_a_running_job(anew: Bench) -> None:
+    announce(anew, 0, 1, 2)
+    anew.join(0, 1, 2)
+    anew.now += HEARTBEAT_TIMEOUT / 2
+    anew.do(anew.group.tick(anew.now))
+    assert anew.sent(QuorumAnswer) == []
+    assert "1 expected" in anew.group.reason

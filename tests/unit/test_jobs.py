@@ -10,7 +10,10 @@ import pytest
 from seamark.protocol.messages import (
     AbortJob,
     Acknowledged,
+    Cause,
     EventBeat,
+    Failure,
+    FailureEvent,
     FollowJob,
     JobProgress,
     JobSpec,
@@ -18,8 +21,10 @@ from seamark.protocol.messages import (
     Message,
     NodeHello,
     PrepareStore,
+    QuorumEvent,
     Refused,
     Roster,
+    Snapshot,
     StopJob,
     StopWorkers,
     StoreAddress,
@@ -31,7 +36,7 @@ from seamark.protocol.messages import (
     WorkersStopped,
     WorkerStarted,
 )
-from seamarkd.coordinator.jobs import Coordinator, Effect, Job, Persist, Tell, ToLighthouse
+from seamarkd.coordinator.jobs import Coordinator, Effect, Job, Persist, Tell, ToLighthouse, record
 from seamarkd.effects import Send
 
 T = TypeVar("T", bound=Message)
@@ -81,7 +86,7 @@ class Bench:
         self.send(NodeHello(node, "i", "ipc:///a", slots))
 
     def submit(self) -> list[Effect]:
-        return self.send(SubmitJob(1, self.spec), b"operator")
+        return self.send(SubmitJob(1, self.spec, "once"), b"operator")
 
     def told(self, kind: type[T], effects: list[Effect] | None = None) -> list[T]:
         said = self.said if effects is None else effects
@@ -131,7 +136,7 @@ def test_a_job_is_durable_before_it_is_acknowledged() -> None:
     bench = Bench()
     effects = Bench.submit(bench)
     assert bench.told(JobStatus, effects), "the same submission again is answered the same way"
-    fresh = Coordinator(1).handle(0.0, b"operator", SubmitJob(1, spec()))
+    fresh = Coordinator(1).handle(0.0, b"operator", SubmitJob(1, spec(), "once"))
     kinds = [type(one) for one in fresh]
     assert kinds.index(Persist) < kinds.index(Send)
 
@@ -149,23 +154,33 @@ def test_the_path_to_running() -> None:
 
 
 def test_a_job_waits_for_a_node_with_enough_slots_and_says_so() -> None:
-    bench = Bench(nproc_per_node=9)
+    bench = Bench(min_nodes=2, max_nodes=2)
     assert bench.job.state == "PENDING"
-    assert "9 free slots" in bench.job.sentence
+    assert "2 nodes with 2 free slots" in bench.job.sentence
     bench.hello("n1", 16)
     assert bench.job.state == "STARTING"
 
 
+def test_a_job_that_no_node_can_ever_hold_is_refused() -> None:
+    core = Coordinator(1)
+    core.handle(0.0, b"node", NodeHello("n0", "i", "ipc:///a", 4))
+    (effect,) = core.handle(0.0, b"operator", SubmitJob(1, spec(nproc_per_node=5), "once"))
+    assert isinstance(effect, Send)
+    assert isinstance(effect.message, Refused)
+    assert effect.message.code == "NO_SLOTS"
+    assert "n0 4" in effect.message.reason
+
+
 def test_a_name_is_taken_while_its_job_lives() -> None:
     bench = Bench()
-    bench.send(SubmitJob(2, spec(argv=["other.py"])), b"other")
+    bench.send(SubmitJob(2, spec(argv=["other.py"]), "twice"), b"other")
     (refused,) = bench.told(Refused)
     assert refused.code == "NAME_TAKEN"
 
 
 @pytest.mark.parametrize("changes", [{"min_nodes": 3, "max_nodes": 2}, {"policy": "min-healthy"}])
 def test_what_can_not_work_is_refused_at_once(changes: dict[str, object]) -> None:
-    effects = Coordinator(1).handle(0.0, b"o", SubmitJob(1, spec(**changes)))
+    effects = Coordinator(1).handle(0.0, b"o", SubmitJob(1, spec(**changes), "once"))
     (effect,) = effects
     assert isinstance(effect, Send)
     assert isinstance(effect.message, Refused)
@@ -257,7 +272,7 @@ def test_a_store_that_can_not_start_fails_the_job_with_its_reason() -> None:
 
 
 def test_stopping_a_job_that_waits_ends_it_at_once() -> None:
-    bench = Bench(nproc_per_node=99)
+    bench = Bench(min_nodes=2, max_nodes=2)
     bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
     assert bench.job.state == "CANCELLED"
 
@@ -276,7 +291,8 @@ def test_followers_are_told_until_they_stop_asking() -> None:
 def test_people_see_what_the_quorum_waits_for() -> None:
     bench = Bench()
     bench.run()
-    beat = EventBeat(1, {"job": 3}, {"job": "New quorum waits for job/1"})
+    bench.core.from_lighthouse(0.0, EventBeat(1, {"job": 0}, {}))
+    beat = EventBeat(1, {"job": 0}, {"job": "New quorum waits for job/1"})
     assert bench.core.from_lighthouse(0.0, beat) == [Tell("job")]
     assert bench.job.sentence == "New quorum waits for job/1"
 
@@ -285,3 +301,128 @@ def test_an_unknown_job_is_refused() -> None:
     bench = Bench()
     bench.send(FollowJob(1, "nope"), b"o")
     assert bench.told(Refused)[0].code == "UNKNOWN_JOB"
+
+
+# --- a coordinator that is started anew --------------------------------------------------------------------
+
+
+def restarted(bench: Bench) -> Bench:
+    """Another coordinator with what the first one had made durable."""
+    records = [(record(job), list(job.incidents.incidents)) for job in bench.core.jobs.values()]
+    bench.core = Coordinator(bench.core.epoch + 1)
+    bench.core.restore(bench.now, records)
+    return bench
+
+
+def to_the_lighthouse(effects: list[Effect], kind: type[T]) -> list[T]:
+    return [one.message for one in effects if isinstance(one, ToLighthouse) and isinstance(one.message, kind)]
+
+
+def test_a_running_job_is_announced_again_and_no_worker_is_touched() -> None:
+    bench = Bench()
+    bench.run()
+    before = bench.job
+    restarted(bench)
+    assert (bench.job.state, bench.job.generation) == ("RUNNING", before.generation)
+    (roster,) = to_the_lighthouse(bench.core.from_lighthouse(0.0, EventBeat(7, {}, {})), Roster)
+    assert roster.running
+    bench.hello()
+    assert bench.told(StopWorkers) == bench.told(PrepareStore) == []
+    for rank in range(WORLD):
+        bench.send(WorkerStarted(0, "job", 0, f"job/{rank}", f"g0r{rank}", 100 + rank, 0.0, ""))
+    assert (bench.job.sentence, len(bench.job.processes)) == ("runs", WORLD)
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_an_exit_is_acknowledged_once_it_is_durable_and_charged_once(heard: bool) -> None:
+    bench = Bench()
+    bench.run()
+    exited = WorkerExited(9, "job", 0, "job/1", "g0r1", -9, True, False, False, "g0r1b", "", [], 1)
+    if heard:
+        kinds = [type(one) for one in bench.send(exited) if isinstance(one, Persist | Send)]
+        assert kinds == [Persist, Send]
+        restarted(bench)
+        bench.hello()
+    bench.send(exited)
+    assert bench.told(Acknowledged) == [Acknowledged(9)]
+    assert (bench.job.process_restarts, bench.job.budget.remaining(0.0)) == (1, 1)
+
+
+def test_finished_ranks_stay_finished() -> None:
+    bench = Bench()
+    bench.run()
+    bench.exit(0, 0, completed=True)
+    restarted(bench)
+    bench.hello()
+    bench.send(WorkerExited(0, "job", 0, "job/1", "g0r1", 0, True, True, False, "", "", [], 0))
+    bench.all_stopped()
+    assert bench.job.state == "SUCCEEDED"
+
+
+@pytest.mark.parametrize("state", ["STARTING", "RESTARTING", "STOPPING"])
+def test_what_was_begun_is_finished(state: str) -> None:
+    bench = Bench(policy="any-failed")
+    if state != "STARTING":
+        bench.run(wrapped=False)
+        if state == "RESTARTING":
+            bench.exit(1, 1)
+        else:
+            bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    assert bench.job.state == state
+    restarted(bench)
+    bench.hello()
+    if state == "STARTING":
+        assert bench.told(PrepareStore)[0].request == bench.job.request
+        return
+    (order,) = bench.told(StopWorkers)
+    assert order.final is (state == "STOPPING")
+    bench.all_stopped()
+    assert bench.job.state == ("CANCELLED" if state == "STOPPING" else "STARTING")
+
+
+def test_a_node_that_never_comes_back_does_not_keep_a_job_from_ending() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    restarted(bench)
+    bench.core.tick(bench.job.stop_until)
+    assert bench.job.state == "CANCELLED"
+
+
+def test_the_same_submission_is_the_same_job_even_when_it_has_ended() -> None:
+    bench = Bench()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.all_stopped()
+    restarted(bench)
+    bench.submit()
+    assert [one.state for one in bench.told(JobStatus)] == ["CANCELLED"]
+    bench.send(SubmitJob(1, bench.spec, "again"), b"operator")
+    assert bench.job.state in ("PENDING", "STARTING")
+
+
+def test_without_room_on_the_disk_new_jobs_are_refused_and_running_ones_go_on() -> None:
+    bench = Bench()
+    bench.run()
+    bench.core.trouble = "the disk is full"
+    bench.send(SubmitJob(1, spec(name="other"), "other"), b"operator")
+    (refused,) = bench.told(Refused)
+    assert (refused.code, "the disk is full" in refused.reason) == ("READ_ONLY", True)
+    bench.exit(1, -9, replacement="new")
+    assert bench.job.process_restarts == 1
+
+
+def test_what_happened_while_it_was_away_is_learned_from_a_snapshot_once() -> None:
+    bench = Bench()
+    bench.run()
+    cause = Cause(kind="signal", status=9, text="killed")
+    failure = Failure("lost", "job/1", "g0r1", 1, "n0", 0, cause, -1.0, 1.0, 1.0, "canary")
+    events = [FailureEvent("job", "ranks", 1, 2, failure)]
+    quorums = [
+        QuorumEvent("job", "ranks", 1, 1, 1, 0, 0, 0, [], 0.5, -1, []),
+        QuorumEvent("job", "ranks", 1, 3, 2, 0, 1, 1, [], 1.5, 0, []),
+    ]
+    for _ in range(2):
+        bench.core.from_lighthouse(2.0, Snapshot(1, "job", 1, 3, events, quorums, False, ""))
+        assert (bench.job.iteration, bench.job.restarts) == (1, 1)
+        assert [(one.iteration, one.next_iteration) for one in bench.job.incidents.incidents] == [(0, 1)]
+        restarted(bench)

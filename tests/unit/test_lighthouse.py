@@ -58,5 +58,5 @@ def test_a_snapshot_says_where_the_job_stands() -> None:
 
 
 def test_a_message_for_another_daemon_is_refused() -> None:
-    (refused,) = answers(Lighthouse(1).handle(0.0, b"a", SubmitJob(1, record().spec)))
+    (refused,) = answers(Lighthouse(1).handle(0.0, b"a", SubmitJob(1, record().spec, "once")))
     assert "not for a lighthouse" in refused.reason

@@ -192,6 +192,7 @@ class Refused(Message, frozen=True):
         "NAME_TAKEN",
         "NO_SLOTS",
         "POLICY",
+        "READ_ONLY",
         "BAD_REQUEST",
     ]
     reason: Text
@@ -203,7 +204,7 @@ class Beat(Message, frozen=True):
     """One heartbeat for a node and all its workers."""
 
     type_id = 4
-    direction = "agent -> lighthouse"
+    direction = "agent -> lighthouse | coordinator"
     answer = "BeatAnswer"
     node: Name
     incarnation: Name
@@ -530,13 +531,14 @@ class Snapshot(Message, frozen=True):
 
 
 class SubmitJob(Message, frozen=True):
-    """A person submits a job; the same request number and spec is answered the same way again."""
+    """A person submits a job. ``submission`` is a random id: asked again with the same one, the same job answers."""
 
     type_id = 40
     direction = "operator -> coordinator"
     answer = "JobStatus | Refused"
     request: Count
     spec: JobSpec
+    submission: Name
 
 
 class FollowJob(Message, frozen=True):
@@ -556,7 +558,9 @@ class JobStatus(Message, frozen=True):
     direction = "coordinator -> operator"
     request: Count
     job: Name
-    state: Literal["PENDING", "STARTING", "RUNNING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"]
+    state: Literal[
+        "PENDING", "STARTING", "RUNNING", "RESTARTING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"
+    ]
     generation: Count
     iteration: Iteration
     alive: Count

@@ -9,9 +9,12 @@ daemon stands between a death and the fork of its replacement. Knows no socket, 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 from typing import TypeAlias
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from seamark.protocol.messages import (
     AbortJob,
@@ -21,6 +24,7 @@ from seamark.protocol.messages import (
     Completed,
     JobSpec,
     Join,
+    LastQuorum,
     MemberFaulted,
     MemberLost,
     MemberStarted,
@@ -102,6 +106,22 @@ class StartStore:
 
 
 @dataclass(frozen=True, slots=True)
+class Remember:
+    """Write down what an agent started anew has to know of this job, before what follows happens."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetExit:
+    """The coordinator knows of this exit: the keeper need not hold it any longer."""
+
+    job: str
+    member: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopJobHere:
     """Stop all workers of a job; with ``final`` its store and keeper too. Answered by ``stopped``."""
 
@@ -111,17 +131,27 @@ class StopJobHere:
     final: bool
 
 
-Effect: TypeAlias = ToLighthouse | ToCoordinator | ToWorker | StartWorker | SignalWorker | StartStore | StopJobHere
+Effect: TypeAlias = (
+    ToLighthouse
+    | ToCoordinator
+    | ToWorker
+    | StartWorker
+    | SignalWorker
+    | StartStore
+    | Remember
+    | ForgetExit
+    | StopJobHere
+)
 
 
-@dataclass(slots=True)
-class Worker:
-    """One worker process, from the order to start it until its exit was reported."""
+class Worker(Struct):
+    """One worker process, from the order to start it until its exit was acknowledged."""
 
     member: str
     incarnation: str
     generation: int
     pid: int = 0
+    forked_at: float = 0.0
     wrapped: bool = False
     completed: bool = False
     lost: bool = False
@@ -130,15 +160,17 @@ class Worker:
     ordered: bool = False
 
 
-@dataclass(slots=True)
-class Job:
-    """A job's part on this node."""
+class Job(Struct):
+    """A job's part on this node; all of it is what an agent that is started anew has to know."""
 
     name: str
     spec: JobSpec
     roster: Roster | None = None
     workers: dict[str, Worker] = field(default_factory=dict)
     """By incarnation; the living and those whose exit isn't reported yet."""
+    exited: dict[str, Worker] = field(default_factory=dict)
+    """By incarnation; those whose exit was reported and isn't acknowledged."""
+    quorum: LastQuorum | None = None
     allowance: int = 0
     store: StoreAddress = field(default_factory=StoreAddress)
     store_request: int = 0
@@ -178,7 +210,8 @@ class Agent:
         """What follows from a message of the coordinator."""
         match message:
             case Acknowledged():
-                self._reports.pop(message.request, None)
+                report = self._reports.pop(message.request, None)
+                return self._exit_known(report.effect.message) if report else []
             case PrepareStore():
                 return self._prepare_store(message)
             case Roster():
@@ -189,15 +222,24 @@ class Agent:
                 pass
         return []
 
-    def _prepare_store(self, order: PrepareStore) -> list[Effect]:
-        job = self.jobs.setdefault(order.spec.name, Job(order.spec.name, order.spec))
-        if job.store.port and job.store_request == order.request:
-            return [ToCoordinator(self._store_ready(job))]
-        if job.store_request == order.request:
+    def _exit_known(self, report: Message) -> list[Effect]:
+        if not isinstance(report, WorkerExited):
             return []
+        job = self.jobs.get(report.job)
+        if job is None or job.exited.pop(report.incarnation, None) is None:
+            return []
+        return [ForgetExit(report.job, report.member, report.incarnation), Remember(report.job)]
+
+    def _prepare_store(self, order: PrepareStore) -> list[Effect]:
+        """The same order of a coordinator that was started anew has another request number."""
+        job = self.jobs.setdefault(order.spec.name, Job(order.spec.name, order.spec))
         job.store_request = order.request
+        if job.store.port:
+            return [ToCoordinator(self._store_ready(job))]
+        if job.store_incarnation:
+            return []
         job.store_incarnation = self._new_incarnation()
-        return [StartStore(job.name, job.store_incarnation, order.spec.master_port)]
+        return [Remember(job.name), StartStore(job.name, job.store_incarnation, order.spec.master_port)]
 
     def _store_ready(self, job: Job) -> StoreReady:
         return StoreReady(job.store_request, job.name, job.store.host, job.master_port, job.store)
@@ -214,21 +256,25 @@ class Agent:
         job.store = roster.store
         job.allowance = roster.allowance
         job.wrapped = False
+        job.quorum = None
         for worker in job.workers.values():
             worker.ordered = True
             effects.append(SignalWorker(job.name, worker.member, worker.incarnation, signal.SIGKILL))
-        for slot in roster.slots:
-            if slot.node == self.node:
-                effects += self._start(now, job, slot.member)
+        fresh = [
+            Worker(slot.member, self._new_incarnation(), roster.generation)
+            for slot in roster.slots
+            if slot.node == self.node
+        ]
+        job.workers |= {worker.incarnation: worker for worker in fresh}
+        effects.append(Remember(job.name))
+        for worker in fresh:
+            effects.append(self._announce(now, job, worker))
+            effects.append(StartWorker(job.name, worker.member, worker.incarnation))
         return effects
 
-    def _start(self, now: float, job: Job, member: str) -> list[Effect]:
-        assert job.roster is not None
-        generation = job.roster.generation
-        worker = Worker(member, self._new_incarnation(), generation)
-        job.workers[worker.incarnation] = worker
-        started = MemberStarted(self._next(), job.name, generation, member, worker.incarnation, self.node)
-        return [self._report(now, ToLighthouse(started)), StartWorker(job.name, member, worker.incarnation)]
+    def _announce(self, now: float, job: Job, worker: Worker) -> Effect:
+        started = MemberStarted(self._next(), job.name, worker.generation, worker.member, worker.incarnation, self.node)
+        return self._report(now, ToLighthouse(started))
 
     def _stop(self, order: StopWorkers) -> list[Effect]:
         job = self.jobs.get(order.job)
@@ -238,7 +284,7 @@ class Agent:
         job.ended = job.ended or order.final
         for worker in job.workers.values():
             worker.ordered = True
-        return [StopJobHere(job.name, order.generation, order.grace, order.final)]
+        return [Remember(job.name), StopJobHere(job.name, order.generation, order.grace, order.final)]
 
     # --- from the keeper and the death watch ---------------------------------------------------------------
 
@@ -247,7 +293,7 @@ class Agent:
         job = self.jobs[job_name]
         job.store = address
         job.master_port = master_port
-        return [ToCoordinator(self._store_ready(job))]
+        return [Remember(job_name), ToCoordinator(self._store_ready(job))]
 
     def store_failed(self, job_name: str, reason: str) -> list[Effect]:
         """The TCPStore service could not be started."""
@@ -260,7 +306,7 @@ class Agent:
         if job.ended or job.roster is None:
             return []
         job.store_incarnation = self._new_incarnation()
-        return [StartStore(job.name, job.store_incarnation, job.master_port)]
+        return [Remember(job_name), StartStore(job.name, job.store_incarnation, job.master_port)]
 
     def store_restarted(self, now: float, job_name: str, detected_at: float) -> list[Effect]:
         """The new TCPStore service listens: everybody's groups have to be made anew on it."""
@@ -268,8 +314,9 @@ class Agent:
         if job.roster is None:
             return []
         job.store = StoreAddress(job.store.host, job.store.port, job.store_incarnation)
+        remember = Remember(job_name)
         report = StoreLost(self._next(), job.name, job.roster.generation, job.store, detected_at)
-        return [self._report(now, ToLighthouse(report))]
+        return [remember, self._report(now, ToLighthouse(report))]
 
     def worker_started(self, now: float, job_name: str, incarnation: str, pid: int, forked_at: float) -> list[Effect]:
         """The keeper started a worker."""
@@ -278,10 +325,21 @@ class Agent:
         if worker is None:
             return []
         worker.pid = pid
+        worker.forked_at = forked_at
+        return [Remember(job_name), self._started(now, job_name, worker)]
+
+    def _started(self, now: float, job_name: str, worker: Worker) -> Effect:
         message = WorkerStarted(
-            self._next(), job_name, worker.generation, worker.member, incarnation, pid, forked_at, worker.replaces
+            self._next(),
+            job_name,
+            worker.generation,
+            worker.member,
+            worker.incarnation,
+            worker.pid,
+            worker.forked_at,
+            worker.replaces,
         )
-        return [self._report(now, ToCoordinator(message))]
+        return self._report(now, ToCoordinator(message))
 
     def dying(self, now: float, job_name: str, incarnation: str, how: str, at: float) -> list[Effect]:
         """The kernel says that a worker is dying, before its exit status is known."""
@@ -321,7 +379,8 @@ class Agent:
             tail,
             1 if worker.replacement else 0,
         )
-        return [*effects, self._report(now, ToCoordinator(message))]
+        job.exited[incarnation] = worker
+        return [Remember(job_name), *effects, self._report(now, ToCoordinator(message))]
 
     def _lose(self, now: float, job: Job, worker: Worker, cause: Cause, at: float, how: str) -> list[Effect]:
         roster = job.roster
@@ -332,10 +391,20 @@ class Agent:
         if self._may_replace(job, roster, cause):
             job.allowance -= 1
             worker.replacement = self._new_incarnation()
+        effects: list[Effect] = [self._report_loss(now, job, worker, cause, at, how)]
+        if worker.replacement:
+            # Announced by the report itself: one message less between the death and the fork.
+            job.workers[worker.replacement] = Worker(
+                worker.member, worker.replacement, worker.generation, replaces=worker.incarnation
+            )
+            effects += [Remember(job.name), StartWorker(job.name, worker.member, worker.replacement)]
+        return effects
+
+    def _report_loss(self, now: float, job: Job, worker: Worker, cause: Cause, at: float, how: str) -> Effect:
         report = MemberLost(
             request=self._next(),
             job=job.name,
-            generation=roster.generation,
+            generation=worker.generation,
             member=worker.member,
             incarnation=worker.incarnation,
             cause=cause,
@@ -344,14 +413,7 @@ class Agent:
             detector=how,
             replacement=worker.replacement,
         )
-        effects: list[Effect] = [self._report(now, ToLighthouse(report))]
-        if worker.replacement:
-            # Announced by the report itself: one message less between the death and the fork.
-            job.workers[worker.replacement] = Worker(
-                worker.member, worker.replacement, worker.generation, replaces=worker.incarnation
-            )
-            effects.append(StartWorker(job.name, worker.member, worker.replacement))
-        return effects
+        return self._report(now, ToLighthouse(report))
 
     def _may_replace(self, job: Job, roster: Roster, cause: Cause) -> bool:
         """Only a session that somebody's wrapper holds together can be entered again by a newcomer."""
@@ -368,7 +430,7 @@ class Agent:
         job.stopping = None
         if order.final:
             del self.jobs[job_name]
-        return [ToCoordinator(WorkersStopped(order.request, order.job, order.generation))]
+        return [Remember(job_name), ToCoordinator(WorkersStopped(order.request, order.job, order.generation))]
 
     # --- from workers --------------------------------------------------------------------------------------
 
@@ -406,6 +468,7 @@ class Agent:
         if hello.wrapped and not worker.wrapped:
             worker.wrapped = True
             job.wrapped = True
+            effects.append(Remember(job.name))
             effects.append(ToCoordinator(WorkerRegistered(hello.job, hello.member, hello.incarnation)))
         return effects
 
@@ -416,15 +479,13 @@ class Agent:
         match message:
             case Acknowledged():
                 self._reports.pop(message.request, None)
-            case QuorumAnswer() | QuorumReset():
+            case QuorumReset():
                 return [ToWorker(one.incarnation, message) for one in message.recipients]
+            case QuorumAnswer():
+                tell: list[Effect] = [ToWorker(one.incarnation, message) for one in message.recipients]
+                return [*tell, *self._quorum(message)]
             case Completed():
-                job = self.jobs.get(message.job)
-                for one in message.recipients:
-                    worker = job.workers.get(one.incarnation) if job else None
-                    if worker is not None:
-                        worker.completed = True
-                return [ToWorker(one.incarnation, message) for one in message.recipients]
+                return self._completed(message)
             case Refused(member=member) if member:
                 job = self.jobs.get(message.job)
                 workers = job.workers.values() if job else ()
@@ -433,16 +494,79 @@ class Agent:
                 pass
         return []
 
+    def _quorum(self, answer: QuorumAnswer) -> list[Effect]:
+        job = self.jobs.get(answer.job)
+        if job is None:
+            return []
+        members = [member.member for member in answer.members]
+        job.quorum = LastQuorum(
+            0, job.name, answer.generation, answer.quorum_id, answer.iteration, answer.restarts, members, False
+        )
+        return [Remember(job.name)]
+
+    def _completed(self, message: Completed) -> list[Effect]:
+        job = self.jobs.get(message.job)
+        effects: list[Effect] = []
+        if job is not None:
+            for one in message.recipients:
+                worker = job.workers.get(one.incarnation)
+                if worker is not None:
+                    worker.completed = True
+            if job.quorum is not None:
+                job.quorum = replace(job.quorum, completed=True)
+            # Sticky: a worker that ends now must not be taken for lost by an agent started anew.
+            effects.append(Remember(job.name))
+        return [*effects, *(ToWorker(one.incarnation, message) for one in message.recipients)]
+
     def registered(self, now: float) -> list[Effect]:
-        """The lighthouse is a new one, or new to us: announce every living worker."""
+        """The lighthouse is a new one, or new to us: tell what it has to know, and repeat what it may not know."""
+        waiting, self._reports = self._reports, {}
+        quorums = [job.quorum for job in self.jobs.values() if job.quorum is not None]
+        # First, so that losses reported below, now or again, are of the right iteration.
+        effects: list[Effect] = [
+            self._report(now, ToLighthouse(replace(quorum, request=self._next()))) for quorum in quorums
+        ]
+        for request, report in waiting.items():
+            if not isinstance(report.effect.message, MemberStarted | LastQuorum):
+                self._reports[request] = Report(report.effect, now + RESEND_INTERVAL)
+                effects.append(report.effect)
+        for job in self.jobs.values():
+            effects += [self._announce(now, job, worker) for worker in job.workers.values() if not worker.lost]
+        return effects
+
+    def welcomed(self, now: float) -> list[Effect]:
+        """The coordinator is a new one, or new to us: tell which workers run."""
         effects: list[Effect] = []
         for job in self.jobs.values():
             for worker in job.workers.values():
-                if not worker.lost:
-                    started = MemberStarted(
-                        self._next(), job.name, worker.generation, worker.member, worker.incarnation, self.node
-                    )
-                    effects.append(self._report(now, ToLighthouse(started)))
+                if worker.pid:
+                    effects.append(self._started(now, job.name, worker))
+                if worker.wrapped:
+                    effects.append(ToCoordinator(WorkerRegistered(job.name, worker.member, worker.incarnation)))
+        return effects
+
+    # --- a new start of the agent --------------------------------------------------------------------------
+
+    def adopt(self, now: float, job: Job, known: Container[str]) -> list[Effect]:
+        """Take up a job of an earlier start of this agent.
+
+        Args:
+            job: what that one remembered.
+            known: incarnations of which its keeper knows, alive or ended: the ended ones are reported by ``exited``.
+        """
+        self.jobs[job.name] = job
+        job.workers |= job.exited
+        job.exited = {}
+        effects: list[Effect] = []
+        for worker in job.workers.values():
+            if worker.lost:
+                cause = Cause(kind="signal", text="killed")
+                effects.append(self._report_loss(now, job, worker, cause, now, "agent, started anew"))
+            elif worker.incarnation not in known and not worker.ordered:
+                effects.append(StartWorker(job.name, worker.member, worker.incarnation))
+        if job.stopping is not None:
+            order = job.stopping
+            effects.append(StopJobHere(job.name, order.generation, order.grace, order.final))
         return effects
 
     # --- what the shell asks -------------------------------------------------------------------------------
@@ -450,6 +574,11 @@ class Agent:
     def spec(self, job: str) -> JobSpec:
         """What the job was submitted with."""
         return self.jobs[job].spec
+
+    def runs(self, job: str, incarnation: str) -> bool:
+        """True for a worker whose exit is to be reported."""
+        known = self.jobs.get(job)
+        return known is not None and incarnation in known.workers
 
     def listening(self, job: str) -> list[str]:
         """The workers that are told of the job's failures."""

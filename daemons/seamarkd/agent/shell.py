@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
+import signal
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -34,6 +36,9 @@ from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.agent.core import (
     Agent,
     Effect,
+    ForgetExit,
+    Job,
+    Remember,
     SignalWorker,
     StartStore,
     StartWorker,
@@ -44,14 +49,16 @@ from seamarkd.agent.core import (
 )
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
 from seamarkd.agent.keeper_client import Process as Exited
+from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.ports import STORE_OFFSET, PortsTaken, candidates
 from seamarkd.agent.watch import DeathWatch, How
-from seamarkd.agent.workers import environment, log_path, log_tail, threads_per_worker
+from seamarkd.agent.workers import environment, log_path, log_tail, runs_since, threads_per_worker
 from seamarkd.channel import Channel
 
 log = logging.getLogger(__name__)
 
 TICK = 0.1
+COORDINATOR_BEAT_TICKS = 5
 PROGRESS_INTERVAL = 0.5
 STORE_SLOT = "store"
 
@@ -75,7 +82,8 @@ class Process:
 class Kept:
     """A job's keeper and processes on this node."""
 
-    keeper: asyncio.Task[KeeperClient]
+    keeper: asyncio.Future[KeeperClient]
+    socket: str
     processes: dict[str, Process] = field(default_factory=dict)
     logs: dict[str, Path] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
@@ -83,6 +91,14 @@ class Kept:
     store: str = ""
     ending: bool = False
     steps: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
+
+    def let_go(self) -> None:
+        """Closes the connection and all descriptors; the processes live on."""
+        if self.keeper.done() and not self.keeper.cancelled() and self.keeper.exception() is None:
+            self.keeper.result().close()
+        for process in self.processes.values():
+            process.close()
+        self.processes.clear()
 
 
 class AgentShell:
@@ -95,6 +111,7 @@ class AgentShell:
         run_directory: private directory of its sockets.
         lighthouse, events, coordinator: where the other daemons listen.
         host: the address under which other nodes reach this one.
+        epoch: rises with every start of this node's agent; its keepers obey the highest.
         linger: seconds its keepers wait for another agent when this one is gone; None for ever.
     """
 
@@ -109,12 +126,15 @@ class AgentShell:
         events: str,
         coordinator: str,
         host: str,
+        epoch: int,
         linger: float | None,
     ) -> None:
         self.core = Agent(node, lambda: secrets.token_hex(8))
         self._run_directory = run_directory
         self._host = host
+        self._epoch = epoch
         self._linger = linger
+        self._memory = Memory(run_directory / "jobs")
         self._loop = asyncio.get_running_loop()
         self._incarnation = secrets.token_hex(8)
         self.address = check_address(f"ipc://{run_directory}/agent")
@@ -122,6 +142,7 @@ class AgentShell:
         self._tasks: set[asyncio.Task[None]] = set()
         self._beats = 0
         self._sequences: dict[str, int] = {}
+        self._lighthouse_epoch = -1
         self._hello = NodeHello(node, self._incarnation, self.address, slots)
         router = make_socket(context, zmq.ROUTER)
         router.bind(self.address)
@@ -132,20 +153,91 @@ class AgentShell:
         subscriber.subscribe(b"")
         subscriber.connect(check_address(events))
         self._events = Channel(subscriber, self._on_event)
+        self._timer: asyncio.TimerHandle | None = None
+        self._progress_timer: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Takes up what an earlier start of this agent left, and introduces itself to the other daemons."""
+        await asyncio.gather(*(self._adopt(remembered) for remembered in self._memory.read()))
         self._lighthouse.send(self._hello)
         self._coordinator.send(self._hello)
-        self._timer = self._loop.call_later(TICK, self._tick)
-        self._progress_timer = self._loop.call_later(PROGRESS_INTERVAL, self._report_progress)
+        self._tick()
+        self._report_progress()
 
-    async def close(self) -> None:
-        """Stops every job of this node and then serving."""
-        self._timer.cancel()
-        self._progress_timer.cancel()
-        await asyncio.gather(*(self._end_job(kept, 0.0) for kept in list(self._kept.values())))
+    async def shut_down(self, grace: float) -> None:
+        """Stops every job of this node, workers by SIGTERM and SIGKILL ``grace`` seconds later, and then serving."""
+        stopping = [self._end_job(name, kept, grace) for name, kept in list(self._kept.items())]
+        await asyncio.gather(*stopping)
+        for name in list(self._kept):
+            self._memory.forget(name)
+        self.close()
+
+    def close(self) -> None:
+        """Stops serving; workers and keepers live on, for the next start of this agent."""
+        for timer in (self._timer, self._progress_timer):
+            if timer is not None:
+                timer.cancel()
         for task in self._tasks:
             task.cancel()
+        for kept in self._kept.values():
+            kept.let_go()
         for channel in (self._workers, self._lighthouse, self._coordinator, self._events):
             channel.close()
+
+    async def _adopt(self, remembered: Remembered) -> None:
+        job = remembered.job
+        try:
+            keeper = await KeeperClient.connect(
+                remembered.keeper,
+                epoch=self._epoch,
+                on_exited=lambda process: self._exited(job.name, process),
+                on_closed=lambda why: self._lost_keeper(job.name, why),
+            )
+            processes = await keeper.list_processes()
+        except KeeperError as error:
+            log.error("job %s: its keeper is gone (%s), and with it the exit statuses of its workers", job.name, error)
+            self._without_keeper(job)
+            return
+        connected: asyncio.Future[KeeperClient] = self._loop.create_future()
+        connected.set_result(keeper)
+        kept = self._kept[job.name] = Kept(connected, remembered.keeper, store=job.store_incarnation)
+        ended: list[Held] = []
+        for held in processes:
+            process = held.process
+            if process.slot == STORE_SLOT or process.status is not None:
+                ended.append(held)
+                continue
+            page = ProgressPage(held.page)
+            watch = self._watch(job.name, held, page)
+            watch.arm()
+            kept.processes[process.incarnation] = Process(held, page, watch)
+        roster = job.roster
+        if roster is not None:
+            kept.logs = {
+                worker.incarnation: log_path(roster.spec, slot)
+                for worker in (*job.workers.values(), *job.exited.values())
+                for slot in roster.slots
+                if slot.member == worker.member
+            }
+        self._perform(self.core.adopt(time.monotonic(), job, {held.process.incarnation for held in processes}))
+        for held in ended:
+            if held.process.status is not None:
+                self._exited(job.name, held.process)
+            held.close()
+        log.info("job %s: took up %d workers", job.name, len(kept.processes))
+
+    def _without_keeper(self, job: Job) -> None:
+        """Nobody can tell how these workers end: they are ended, and their job goes on with others."""
+        for worker in job.workers.values():
+            if worker.pid and runs_since(worker.pid, worker.forked_at):
+                os.kill(worker.pid, signal.SIGKILL)
+        job.store = StoreAddress()
+        job.store_incarnation = ""
+        incarnations = [*job.workers, *job.exited]
+        now = time.monotonic()
+        self._perform(self.core.adopt(now, job, incarnations))
+        for incarnation in incarnations:
+            self._perform(self.core.exited(now, job.name, incarnation, -signal.SIGKILL, now, "", []))
 
     def _connect(self, context: zmq.Context[Any], address: str) -> zmq.Socket[Any]:
         socket = make_socket(context, zmq.DEALER, identity=self._incarnation.encode())
@@ -176,9 +268,21 @@ class AgentShell:
                 self._perform(self.core.from_lighthouse(time.monotonic(), message))
 
     def _on_coordinator(self, route: bytes, message: Message) -> None:
+        match message:
+            case BeatAnswer(known=False):
+                self._coordinator.send(self._hello)
+            case Welcome():
+                self._perform(self.core.welcomed(time.monotonic()))
         self._perform(self.core.from_coordinator(time.monotonic(), message))
 
     def _on_event(self, topic: bytes, message: Message) -> None:
+        if isinstance(message, FailureEvent | QuorumEvent | CompletedEvent | EventBeat):
+            if message.epoch < self._lighthouse_epoch:
+                return
+            if message.epoch > self._lighthouse_epoch:
+                # Another lighthouse counts anew; what it published before this was heard, a snapshot tells.
+                self._lighthouse_epoch = message.epoch
+                self._sequences = dict.fromkeys(self.core.jobs, 0)
         match message:
             case FailureEvent() | QuorumEvent() | CompletedEvent():
                 if message.job not in self.core.jobs:
@@ -217,8 +321,22 @@ class AgentShell:
                     self._spawn(self._signal(job, incarnation, signum))
                 case StartStore():
                     self._spawn(self._start_store(effect))
+                case Remember(job):
+                    self._remember(job)
+                case ForgetExit(job, member, incarnation):
+                    self._spawn(self._forget_exit(job, member, incarnation))
                 case StopJobHere():
                     self._spawn(self._stop_job(effect))
+
+    def _remember(self, name: str) -> None:
+        job = self.core.jobs.get(name)
+        if job is None:
+            self._memory.forget(name)
+            return
+        try:
+            self._memory.write(Remembered(job, self._kept[name].socket if name in self._kept else ""))
+        except OSError as error:
+            log.error("job %s: can't write down what this node has to do for it: %s", name, error)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = self._loop.create_task(_logged(work))
@@ -231,20 +349,22 @@ class AgentShell:
         kept = self._kept.get(job)
         if kept is None:
             spec = self.core.spec(job)
-            kept = self._kept[job] = Kept(self._loop.create_task(self._spawn_keeper(job)))
+            socket = str(self._run_directory / f"keeper-{secrets.token_hex(3)}")
+            kept = self._kept[job] = Kept(self._loop.create_task(self._spawn_keeper(job, socket)), socket)
             Path(spec.log_dir).mkdir(parents=True, exist_ok=True)
+            self._remember(job)
         return kept
 
-    async def _spawn_keeper(self, job: str) -> KeeperClient:
+    async def _spawn_keeper(self, job: str, socket: str) -> KeeperClient:
         spec = self.core.spec(job)
         keeper = await KeeperClient.spawn(
             spec.python,
-            str(self._run_directory / f"keeper-{secrets.token_hex(3)}"),
+            socket,
             job=job,
             env=spec.env,
             cwd=spec.cwd,
             log=str(Path(spec.log_dir) / "keeper.log"),
-            epoch=1,
+            epoch=self._epoch,
             on_exited=lambda process: self._exited(job, process),
             on_closed=lambda why: self._lost_keeper(job, why),
             linger=self._linger,
@@ -281,15 +401,14 @@ class AgentShell:
             held.close()
             return
         page = ProgressPage(held.page)
-        watch = DeathWatch(
-            held.process.pid,
-            held.pidfd,
-            page,
-            lambda how, at: self._dying(order.job, order.incarnation, how, at),
-        )
+        watch = self._watch(order.job, held, page)
         kept.processes[order.incarnation] = Process(held, page, watch)
         pid, forked_at = held.process.pid, held.process.forked_at
         self._perform(self.core.worker_started(time.monotonic(), order.job, order.incarnation, pid, forked_at))
+
+    def _watch(self, job: str, held: Held, page: ProgressPage) -> DeathWatch:
+        incarnation = held.process.incarnation
+        return DeathWatch(held.process.pid, held.pidfd, page, lambda how, at: self._dying(job, incarnation, how, at))
 
     def _dying(self, job: str, incarnation: str, how: How, at: float) -> None:
         # The end of the process itself tells nothing that its exit status, on its way, doesn't tell better.
@@ -300,6 +419,7 @@ class AgentShell:
         kept = self._kept.get(job)
         if kept is None or ended.status is None:
             return
+        reported = self.core.runs(job, ended.incarnation)
         if ended.slot == STORE_SLOT:
             if ended.incarnation == kept.store and not kept.ending:
                 log.warning("job %s: the TCPStore service ended with status %d, starting another", job, ended.status)
@@ -315,12 +435,15 @@ class AgentShell:
             now = time.monotonic()
             at = ended.at if ended.at is not None else now
             self._perform(self.core.exited(now, job, ended.incarnation, ended.status, at, str(path or ""), tail))
-        if not kept.ending:
-            self._spawn(self._acknowledge(kept, ended))
+        if (ended.slot == STORE_SLOT or not reported) and not kept.ending:
+            self._spawn(self._forget_exit(job, ended.slot, ended.incarnation))
 
-    async def _acknowledge(self, kept: Kept, ended: Exited) -> None:
+    async def _forget_exit(self, job: str, slot: str, incarnation: str) -> None:
+        kept = self._kept.get(job)
+        if kept is None or kept.ending:
+            return
         keeper = await kept.keeper
-        await keeper.acknowledge(ended.slot, ended.incarnation)
+        await keeper.acknowledge(slot, incarnation)
 
     async def _signal(self, job: str, incarnation: str, signum: int) -> None:
         kept = self._kept.get(job)
@@ -376,12 +499,12 @@ class AgentShell:
     async def _stop_job(self, order: StopJobHere) -> None:
         kept = self._kept.get(order.job)
         if kept is not None:
-            await self._end_job(kept, order.grace, final=order.final)
+            await self._end_job(order.job, kept, order.grace, final=order.final)
             if order.final:
-                del self._kept[order.job]
+                self._kept.pop(order.job, None)
         self._perform(self.core.stopped(order.job))
 
-    async def _end_job(self, kept: Kept, grace: float, *, final: bool = True) -> None:
+    async def _end_job(self, job: str, kept: Kept, grace: float, *, final: bool = True) -> None:
         if final and not kept.keeper.done():
             # It imports torch, for seconds; it has no process yet.
             kept.ending = True
@@ -393,10 +516,10 @@ class AgentShell:
             kept.ending = final
             left = await keeper.stop(grace, final=final)
         except KeeperError as error:
-            log.error("can't stop the workers: %s", error)
+            log.error("job %s: can't stop the workers: %s", job, error)
             return
         if left:
-            log.error("processes that not even SIGKILL ended: %s", left)
+            log.error("job %s: processes that not even SIGKILL ended: %s", job, left)
         for process in kept.processes.values():
             process.close()
         kept.processes.clear()
@@ -405,7 +528,10 @@ class AgentShell:
 
     def _tick(self) -> None:
         self._beats += 1
-        self._lighthouse.send(Beat(self.core.node, self._incarnation, self._beats))
+        beat = Beat(self.core.node, self._incarnation, self._beats)
+        self._lighthouse.send(beat)
+        if self._beats % COORDINATOR_BEAT_TICKS == 0:
+            self._coordinator.send(beat)
         self._perform(self.core.tick(time.monotonic()))
         self._timer = self._loop.call_later(TICK, self._tick)
 

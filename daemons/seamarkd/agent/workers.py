@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+
+import psutil
 
 from seamark import environment as names
 from seamark.protocol.messages import JobSpec, Roster, Slot
 
+START_TOLERANCE = 1.0
+"""Seconds; the kernel keeps the start of a process in hundredths."""
 TAIL_LINES = 20
 TAIL_BYTES = 16_384
 
@@ -49,6 +54,16 @@ def threads_per_worker(spec: JobSpec) -> int:
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
     return max(1, (os.cpu_count() or 1) // spec.nproc_per_node)
+
+
+def runs_since(pid: int, started_at: float) -> bool:
+    """True if this process id is that of a process started then (monotonic seconds), and not of a later one."""
+    try:
+        process = psutil.Process(pid)
+        age = time.time() - process.create_time()
+    except psutil.NoSuchProcess:
+        return False
+    return abs(time.monotonic() - age - started_at) < START_TOLERANCE
 
 
 def log_path(spec: JobSpec, slot: Slot) -> Path:

@@ -7,19 +7,26 @@ from importlib.metadata import version
 
 import click
 
+from seamark.protocol.codec import ProtocolError
+from seamarkd.cli.doctor import doctor
+from seamarkd.cli.events import events
 from seamarkd.cli.exit_codes import CONFIGURATION, INTERRUPTED, UNREACHABLE, USAGE
+from seamarkd.cli.joblogs import logs
 from seamarkd.cli.operator import UnreachableError
 from seamarkd.cli.run import run
+from seamarkd.cli.status import status
+from seamarkd.cli.suite import down, restart, up
 from seamarkd.cli.why import why
 from seamarkd.coordinator.manifest import ManifestError
+from seamarkd.settings import SettingsError
 
 EXIT_CODES = """
 \b
 Exit codes:
-  0    the job succeeded           64   the command line is wrong
-  1    the job failed              78   a file or directory can't be used
-  2    nobody answers              130  stopped by Ctrl-C
-  3    ended by RestartAbort       143  stopped by SIGTERM
+  0    the job succeeded; all is well       64   the command line is wrong
+  1    the job failed; something is not     78   a setting, file or directory can't be used
+  2    nobody answers                       130  stopped by Ctrl-C
+  3    ended by RestartAbort                143  stopped by SIGTERM
 """
 
 
@@ -31,13 +38,16 @@ def cli() -> None:
     \b
     Examples:
       seamark run --standalone --nproc-per-node 4 train.py --steps 1000
+      seamark up                      start the suite on this host
+      seamark run --nproc-per-node 4 train.py
+      seamark status                  who is there, what runs, what waits
       seamark why                     what happened to the last job, in ms
       seamark why train-3f2a --json   the same as data
     """
 
 
-cli.add_command(run)
-cli.add_command(why)
+for command in (up, down, restart, run, status, logs, events, why, doctor):
+    cli.add_command(command)
 
 
 def main() -> None:
@@ -55,7 +65,10 @@ def main() -> None:
     except UnreachableError as error:
         click.echo(f"seamark: {error}", err=True)
         sys.exit(UNREACHABLE)
-    except (ManifestError, PermissionError) as error:
+    except ProtocolError as error:
+        click.echo(f"seamark: {error}", err=True)
+        sys.exit(UNREACHABLE)
+    except (ManifestError, PermissionError, SettingsError) as error:
         click.echo(f"seamark: {error}", err=True)
         sys.exit(CONFIGURATION)
     sys.exit(code if isinstance(code, int) else 0)

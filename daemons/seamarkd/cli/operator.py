@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,6 +16,8 @@ from seamark.protocol.messages import Message, Refused
 from seamark.protocol.sockets import check_address, make_socket
 
 T = TypeVar("T", bound=Message)
+REPEAT_INTERVAL = 1.0
+"""Seconds after which an unanswered question is asked again."""
 
 
 class RefusedError(Exception):
@@ -47,26 +50,36 @@ class Operator:
     def tell(self, make: Callable[[int], Message]) -> int:
         """Sends a request without waiting; returns its number."""
         request = next(self._requests)
-        self._socket.send_multipart(encode(make(request)))
+        self._send(make(request))
         return request
+
+    def _send(self, message: Message) -> None:
+        # With a daemon away, the queue fills in thousands of seconds; what is dropped then is asked again.
+        with suppress(zmq.Again):
+            self._socket.send_multipart(encode(message), zmq.NOBLOCK)
 
     def receive(self, timeout: float) -> Message | None:
         """The next message, or None after ``timeout`` seconds."""
-        if not self._socket.poll(int(timeout * 1_000)):
+        if not self._socket.poll(max(0, int(timeout * 1_000))):
             return None
         return decode(self._socket.recv_multipart())
 
     def ask(self, make: Callable[[int], Message], answer: type[T], timeout: float) -> T:
-        """Asks and waits for the answer.
+        """Asks and waits for the answer, repeating the question: a daemon that is restarted costs a moment.
 
         Raises:
             RefusedError: the coordinator refused.
             UnreachableError: no answer within ``timeout`` seconds.
         """
         request = self.tell(make)
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
-            message = self.receive(left)
+        now = time.monotonic()
+        deadline = now + timeout
+        repeat_at = now + REPEAT_INTERVAL
+        while (now := time.monotonic()) < deadline:
+            if now >= repeat_at:
+                repeat_at = now + REPEAT_INTERVAL
+                self._send(make(request))
+            message = self.receive(min(deadline, repeat_at) - now)
             if isinstance(message, Refused) and message.request == request:
                 raise RefusedError(message.reason)
             if isinstance(message, answer) and getattr(message, "request", None) == request:

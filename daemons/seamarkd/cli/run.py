@@ -7,6 +7,7 @@ import secrets
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -17,12 +18,13 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from seamark.protocol.messages import FollowJob, JobSpec, JobStatus, StopJob, SubmitJob
+from seamark.protocol.messages import FollowJob, JobSpec, JobStatus, Message, Refused, StopJob, SubmitJob
 from seamarkd.agent.keeper import PRELOAD
 from seamarkd.cli.exit_codes import ABORTED, CONFIGURATION, FAILED, INTERRUPTED, SUCCEEDED, TERMINATED
 from seamarkd.cli.operator import Operator, RefusedError
 from seamarkd.coordinator.jobs import ENDED
 from seamarkd.paths import job_directory
+from seamarkd.settings import load
 from seamarkd.standalone import Standalone
 
 FOLLOW_INTERVAL = 3.0
@@ -107,7 +109,9 @@ class NodeRange(click.ParamType[tuple[int, int]]):
     "--python", default=sys.executable, help="The workers' interpreter; by default the one that runs seamark."
 )
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as in python -m.")
-@click.argument("script")
+@click.option("--attach", metavar="JOB", help="Follow this job of the suite instead of starting one.")
+@click.option("--config", type=click.Path(path_type=Path), help="The suite's settings; by default $SEAMARK_CONFIG.")
+@click.argument("script", required=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(
     standalone: bool,
@@ -124,7 +128,9 @@ def run(
     preload: str,
     python: str,
     module: bool,
-    script: str,
+    attach: str | None,
+    config: Path | None,
+    script: str | None,
     arguments: tuple[str, ...],
 ) -> int:
     """Runs SCRIPT on several ranks and keeps it running.
@@ -132,22 +138,33 @@ def run(
     \b
     Examples:
       seamark run --standalone --nproc-per-node 4 train.py --steps 1000
-      seamark run --standalone --nproc-per-node 4 --restart-policy any-failed plain_ddp.py
-      seamark run --standalone --checkpoint-dir /data/run7 -m mypackage.train
+      seamark run --nnodes 2 --nproc-per-node 8 train.py       on the suite (seamark up)
+      seamark run --restart-policy any-failed --nproc-per-node 4 plain_ddp.py
+      seamark run --checkpoint-dir /data/run7 -m mypackage.train
+      seamark run --attach train-3f2a
 
     The options of seamark run stand before SCRIPT, those of the script after it. Each rank writes a log file of its
-    own; the command follows the job on one line and exits with its result (seamark --help lists the codes).
+    own; the command follows the job on one line and exits with its result (seamark --help lists the codes). A closed
+    terminal leaves a job of the suite running: --attach follows it again.
     """
-    if not standalone:
-        raise click.UsageError("only --standalone works yet: add it to run the job on this host")
-    if nnodes[0] > 1:
+    if attach is not None:
+        if script is not None or standalone:
+            raise click.UsageError(
+                "--attach JOB follows a job of the suite that runs: leave SCRIPT and --standalone out"
+            )
+        with Operator(load(config, os.environ, {}).coordinator.address) as operator:
+            return Follower(operator, attach).attach()
+    if script is None:
+        raise click.UsageError("which SCRIPT? seamark run --help has examples")
+    if standalone and nnodes[0] > 1:
         raise click.UsageError(f"--standalone has one node, and --nnodes asks for at least {nnodes[0]}")
     if not module and not Path(script).is_file():
         raise click.UsageError(f"{script}: no such script (current directory: {Path.cwd()}); use -m for a module")
     job = name or f"{Path(script).stem if not module else script.rpartition('.')[2]}-{secrets.token_hex(2)}"
     if "/" in job or job.startswith("."):
         raise click.UsageError(f"--name {job}: a name has no slash and does not begin with a dot")
-    home = job_directory(job)
+    chosen = None if standalone else load(config, os.environ, {})
+    home = job_directory(job) if chosen is None else chosen.state_directory / "jobs" / job
     spec = JobSpec(
         name=job,
         argv=[script if module else str(Path(script).resolve()), *arguments],
@@ -166,8 +183,13 @@ def run(
         join_timeout=join_timeout,
         preload=_modules(preload),
     )
+    if chosen is not None:
+        with Operator(chosen.coordinator.address) as operator:
+            return Follower(operator, job).run(spec)
     with Standalone(home, nproc_per_node) as suite, Operator(suite.coordinator) as operator:
-        return Follower(operator, spec).run()
+        # The job ends with this process: a closed terminal is no reason to end it.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return Follower(operator, job).run(spec)
 
 
 def _modules(names: str) -> list[str]:
@@ -191,28 +213,35 @@ def _environment(assignments: tuple[str, ...]) -> dict[str, str]:
 class Follower:
     """Follows one job to its end: a live line on a terminal, a line per change elsewhere."""
 
-    def __init__(self, operator: Operator, spec: JobSpec) -> None:
+    def __init__(self, operator: Operator, job: str) -> None:
         self._operator = operator
-        self._spec = spec
+        self._job = job
+        self._submission = secrets.token_hex(8)
         self._console = Console(stderr=True)
         self._interrupts: list[float] = []
         self._terminated = False
-        self._asked_to_stop = False
+        self._stop_at = 0.0
         self._named = False
         self._noticed = ""
         self._said = ""
         self._said_at = 0.0
 
-    def run(self) -> int:
+    def run(self, spec: JobSpec) -> int:
         """Submits the job and returns the command's exit code."""
+        return self._to_the_end(lambda n: SubmitJob(n, spec, self._submission), f", logs in {spec.log_dir}")
+
+    def attach(self) -> int:
+        """Follows the job that was submitted before; returns the command's exit code."""
+        return self._to_the_end(lambda n: FollowJob(n, self._job), "")
+
+    def _to_the_end(self, question: Callable[[int], Message], note: str) -> int:
         previous = {
             signal.SIGINT: signal.signal(signal.SIGINT, self._on_interrupt),
             signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_terminate),
-            signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN),
         }
         try:
-            status = self._operator.ask(lambda n: SubmitJob(n, self._spec), JobStatus, ANSWER_TIMEOUT)
-            self._print(f"job {self._spec.name}, logs in {self._spec.log_dir}")
+            status = self._operator.ask(question, JobStatus, ANSWER_TIMEOUT)
+            self._print(f"job {self._job}{note}")
             status = self._follow(status)
         except RefusedError as error:
             self._print(f"seamark: {error}")
@@ -230,11 +259,13 @@ class Follower:
             while status.state not in ENDED:
                 self._show(status, live)
                 message = self._operator.receive(POLL)
-                if isinstance(message, JobStatus):
+                if isinstance(message, JobStatus) and message.job == self._job:
                     status = message
+                if isinstance(message, Refused):
+                    raise RefusedError(message.reason)
                 if time.monotonic() >= ask_at:
                     ask_at = time.monotonic() + FOLLOW_INTERVAL
-                    self._operator.tell(lambda n: FollowJob(n, self._spec.name))
+                    self._operator.tell(lambda n: FollowJob(n, self._job))
                 self._stop_if_asked(terminal)
         return status
 
@@ -257,7 +288,7 @@ class Follower:
         self._console.print(text, markup=markup, highlight=False, soft_wrap=True)
 
     def _stop_if_asked(self, terminal: bool) -> None:
-        if self._asked_to_stop:
+        if time.monotonic() < self._stop_at:
             return
         if self._terminated:
             reason = "seamark run was told to end (SIGTERM)"
@@ -265,8 +296,9 @@ class Follower:
             reason = "Ctrl-C"
         else:
             return
-        self._asked_to_stop = True
-        self._operator.tell(lambda n: StopJob(n, self._spec.name, reason))
+        # Again until it is so: a coordinator that is away just now has not heard it.
+        self._stop_at = time.monotonic() + FOLLOW_INTERVAL
+        self._operator.tell(lambda n: StopJob(n, self._job, reason))
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 WINDOW = 3_600.0
 """Seconds after which a restart no longer counts."""
@@ -13,11 +14,17 @@ class RestartBudget:
 
     Args:
         limit: restarts allowed within the window.
+        spent: when some were taken already, oldest first.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, spent: Iterable[float] = ()) -> None:
         self.limit = limit
-        self._spent: deque[float] = deque(maxlen=limit + 1)
+        self._spent: deque[float] = deque(spent, maxlen=limit + 1)
+
+    @property
+    def spent(self) -> list[float]:
+        """When restarts were taken that may still count, oldest first."""
+        return list(self._spent)
 
     def remaining(self, now: float) -> int:
         """Restarts left now."""

@@ -21,6 +21,8 @@ from seamarkd.exits import exit_cause
 
 KEPT = 1_000
 """Incidents kept per job; older ones are dropped from memory, their number stays."""
+LOOKED_BACK = 8
+"""Incidents that a late report may still belong to."""
 
 
 class IncidentLog:
@@ -28,7 +30,7 @@ class IncidentLog:
 
     def __init__(self, incidents: list[Incident] | None = None) -> None:
         self.incidents = incidents or []
-        self._open = False
+        self._open = bool(self.incidents) and self.incidents[-1].next_iteration < 0
         self._exits: dict[str, WorkerExited] = {}
         self._changed: set[int] = set()
 
@@ -46,6 +48,8 @@ class IncidentLog:
     def failed(self, event: FailureEvent) -> None:
         """A failure was published: it opens an incident or belongs to the open one."""
         failure = self._with_exit(event.failure)
+        if self._has(failure):
+            return
         if self._open:
             incident = self.incidents[-1]
             failures = sorted([*incident.failures, failure], key=_precedence)
@@ -95,7 +99,7 @@ class IncidentLog:
         self._exits[report.incarnation] = report
         while len(self._exits) > KEPT:
             del self._exits[next(iter(self._exits))]
-        for position in range(len(self.incidents) - 1, max(-1, len(self.incidents) - 9), -1):
+        for position in range(len(self.incidents) - 1, max(-1, len(self.incidents) - 1 - LOOKED_BACK), -1):
             incident = self.incidents[position]
             if any(failure.incarnation == report.incarnation for failure in incident.failures):
                 failures = sorted(map(self._with_exit, incident.failures), key=_precedence)
@@ -119,6 +123,15 @@ class IncidentLog:
                 self._change(position, replace(incident, stamps=stamps))
                 return True
         return False
+
+    def _has(self, failure: Failure) -> bool:
+        """True for an event heard again: in a snapshot, or after a restart of either side."""
+        identity = (failure.kind, failure.member, failure.incarnation, failure.iteration)
+        return any(
+            (known.kind, known.member, known.incarnation, known.iteration) == identity
+            for incident in self.incidents[-LOOKED_BACK:]
+            for known in incident.failures
+        )
 
     def _change(self, position: int, incident: Incident) -> None:
         self.incidents[position] = incident

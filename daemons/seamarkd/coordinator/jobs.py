@@ -7,7 +7,7 @@ out; ``Persist`` stands before the sends that announce what it makes durable, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +16,10 @@ from msgspec import Struct
 from seamark.protocol.messages import (
     AbortJob,
     Acknowledged,
+    Beat,
+    BeatAnswer,
     CompletedEvent,
+    CoordinatorStatus,
     EventBeat,
     FailureEvent,
     FollowJob,
@@ -26,13 +29,18 @@ from seamark.protocol.messages import (
     JobProgress,
     JobSpec,
     JobStatus,
+    MemberStatus,
     Message,
     NodeHello,
+    NodeStatus,
     PrepareStore,
     QuorumEvent,
     Refused,
     Roster,
     Slot,
+    Snapshot,
+    SnapshotRequest,
+    StatusRequest,
     StopJob,
     StopWorkers,
     StoreAddress,
@@ -48,20 +56,30 @@ from seamark.protocol.messages import (
 )
 from seamarkd.coordinator.budget import RestartBudget
 from seamarkd.coordinator.incidents import IncidentLog
-from seamarkd.coordinator.placement import place, refusal
+from seamarkd.coordinator.placement import larger_than, place, refusal
 from seamarkd.effects import Send
 from seamarkd.exits import ABORT_EXIT_CODE, exit_cause
 
-State = Literal["PENDING", "STARTING", "RUNNING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"]
+State = Literal[
+    "PENDING", "STARTING", "RUNNING", "RESTARTING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"
+]
 ENDED: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"})
 STOP_GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL when all workers are stopped."""
 FOLLOW_FOR = 10.0
 """Seconds a follower is told of changes without asking again."""
+NODE_SILENT = 10.0
+"""Seconds without a beat after which a node gets no new work, and is not waited for at the end of a job."""
+ROSTER_RETRY = 0.5
+"""Seconds after which a roster that the lighthouse has not acknowledged is sent again."""
+UNHEARD = "waits to hear from its nodes"
+ENDED_KEPT = 1_000
+"""Ended jobs that are remembered; the oldest are forgotten first."""
+REQUEST_SHIFT = 32
 
 
 class JobRecord(Struct, frozen=True):
-    """What is durable of a job."""
+    """What is durable of a job. Times are of the monotonic clock: they outlive this daemon, not the host's boot."""
 
     spec: JobSpec
     state: State
@@ -75,6 +93,16 @@ class JobRecord(Struct, frozen=True):
     master_addr: str
     master_port: int
     log_tail: list[str]
+    submission: str = ""
+    outcome: State = "FAILED"
+    submitted_at: float = 0.0
+    ended_at: float = -1.0
+    checkpoint: int = 0
+    notice: str = ""
+    wrapped: bool = False
+    spent: list[float] = []
+    finished: list[str] = []
+    exited: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +123,20 @@ class Persist:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """Nothing of this job has to be kept."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tell:
     """The job's status changed: tell its followers, soon and not for every change alone."""
 
     job: str
 
 
-Effect: TypeAlias = Send | ToLighthouse | Persist | Tell
+Effect: TypeAlias = Send | ToLighthouse | Persist | Forget | Tell
 
 
 @dataclass(slots=True)
@@ -110,6 +145,7 @@ class Node:
 
     route: bytes
     slots: int
+    last_beat: float
 
 
 @dataclass(slots=True)
@@ -128,6 +164,7 @@ class Job:
     spec: JobSpec
     budget: RestartBudget
     submitted_at: float
+    submission: str = ""
     state: State = "PENDING"
     outcome: State = "FAILED"
     generation: int = -1
@@ -143,6 +180,11 @@ class Job:
     master_port: int = 0
     request: int = 0
     roster_request: int = 0
+    roster_due: float = 0.0
+    sequence: int = 0
+    exited: dict[str, str] = field(default_factory=dict)
+    """By member: the last incarnation whose exit was taken into account."""
+    stop_until: float = 0.0
     processes: dict[str, Process] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
     stopping: set[str] = field(default_factory=set)
@@ -156,15 +198,24 @@ class Job:
 
 
 class Coordinator:
-    """All jobs and nodes."""
+    """All jobs and nodes.
+
+    Args:
+        epoch: rises with every start of the daemon; the upper half of its request numbers.
+    """
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.nodes: dict[str, Node] = {}
         self.jobs: dict[str, Job] = {}
-        self._request = 0
+        self.trouble = ""
+        """Why nothing can be made durable just now; new jobs are refused with it."""
+        self._request = epoch << REQUEST_SHIFT
+        self._lighthouse_epoch = -1
         self._handlers: dict[type[Message], Callable[[float, bytes, Any], list[Effect]]] = {
             NodeHello: self._hello,
+            Beat: self._beat,
+            StatusRequest: self._status,
             SubmitJob: self._submit,
             FollowJob: self._follow,
             StopJob: self._stop_job,
@@ -192,20 +243,43 @@ class Coordinator:
     # --- nodes ---------------------------------------------------------------------------------------------
 
     def _hello(self, now: float, route: bytes, hello: NodeHello) -> list[Effect]:
-        self.nodes[hello.node] = Node(route, hello.slots)
+        self.nodes[hello.node] = Node(route, hello.slots, now)
         effects: list[Effect] = [Send(route, Welcome(self.epoch))]
         for job in self.jobs.values():
             if job.state == "PENDING":
-                effects += self._place(job)
+                effects += self._place(now, job)
+            elif job.state not in ENDED and any(slot.node == hello.node for slot in job.slots):
+                effects += self._orders(now, job, hello.node)
         return effects
 
-    def _place(self, job: Job) -> list[Effect]:
+    def _beat(self, now: float, route: bytes, beat: Beat) -> list[Effect]:
+        node = self.nodes.get(beat.node)
+        known = node is not None and node.route == route
+        if node is not None and known:
+            node.last_beat = now
+        return [Send(route, BeatAnswer(self.epoch, beat.sequence, known))]
+
+    def _orders(self, now: float, job: Job, node: str) -> list[Effect]:
+        """What a node that introduces itself has to be told about a job of its own; it may have heard it before."""
+        if job.state in ("STOPPING", "RESTARTING"):
+            return self._to_node(node, self._stop_order(job, final=job.state == "STOPPING"))
+        if not job.store.port:
+            return self._to_node(node, self._prepare_order(job)) if node == job.slots[0].node else []
+        if job.roster_request:
+            return []  # it follows the lighthouse's acknowledgement
+        return self._to_node(node, self._roster(now, job))
+
+    def _place(self, now: float, job: Job) -> list[Effect]:
         taken: dict[str, int] = {}
         for other in self.jobs.values():
             if other.state not in ENDED and other is not job:
                 for slot in other.slots:
                     taken[slot.node] = taken.get(slot.node, 0) + 1
-        free = {name: node.slots - taken.get(name, 0) for name, node in self.nodes.items()}
+        free = {
+            name: node.slots - taken.get(name, 0)
+            for name, node in self.nodes.items()
+            if now - node.last_beat < NODE_SILENT
+        }
         slots = place(job.spec, free)
         if slots is None:
             job.sentence = (
@@ -216,28 +290,120 @@ class Coordinator:
         job.slots = slots
         job.state = "STARTING"
         job.sentence = "starts the store and the keeper (imports torch)"
+        job.request = self._next()
+        return [_persist(job), *self._to_node(slots[0].node, self._prepare_order(job)), *self._tell(job)]
+
+    @staticmethod
+    def _prepare_order(job: Job) -> PrepareStore:
+        return PrepareStore(job.request, max(job.generation, 0), job.spec)
+
+    def _next(self) -> int:
         self._request += 1
-        job.request = self._request
-        order = PrepareStore(job.request, max(job.generation, 0), job.spec)
-        return [_persist(job), *self._to_node(slots[0].node, order), *self._tell(job)]
+        return self._request
+
+    # --- a new start ---------------------------------------------------------------------------------------
+
+    def restore(self, now: float, records: Iterable[tuple[JobRecord, list[Incident]]]) -> None:
+        """Take up the jobs of an earlier start. Nobody is told anything: nodes and the lighthouse will ask."""
+        for record, incidents in records:
+            job = self.jobs[record.spec.name] = Job(
+                spec=record.spec,
+                budget=RestartBudget(record.spec.max_restarts, (min(at, now) for at in record.spent)),
+                submitted_at=min(record.submitted_at, now),
+                submission=record.submission,
+                state=record.state,
+                outcome=record.outcome,
+                generation=record.generation,
+                iteration=record.iteration,
+                restarts=record.restarts,
+                process_restarts=record.process_restarts,
+                result=record.result,
+                sentence=record.result if record.state in ENDED else UNHEARD,
+                notice=record.notice,
+                slots=list(record.slots),
+                store=record.store,
+                master_addr=record.master_addr,
+                master_port=record.master_port,
+                request=self._next(),
+                exited=dict(record.exited),
+                finished=set(record.finished),
+                checkpoint=record.checkpoint,
+                wrapped=record.wrapped,
+                log_tail=list(record.log_tail),
+                incidents=IncidentLog(incidents),
+                ended_at=record.ended_at,
+            )
+            if job.state in ("STOPPING", "RESTARTING"):
+                job.stopping = {slot.node for slot in job.slots}
+                job.stop_until = now + STOP_GRACE + NODE_SILENT
+
+    def _lighthouse_is_new(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for job in self.jobs.values():
+            job.sequence = 0
+            if job.state in ("STARTING", "RUNNING") and job.store.port:
+                effects += self._announce(now, job)
+                effects.append(ToLighthouse(SnapshotRequest(self._next(), job.spec.name)))
+        return effects
+
+    def _announce(self, now: float, job: Job) -> list[Effect]:
+        """The roster to the lighthouse first, which has to know the members before they report to it."""
+        roster = self._roster(now, job)
+        job.roster_request = roster.request
+        job.roster_due = now + ROSTER_RETRY
+        return [ToLighthouse(roster)]
 
     # --- operators -----------------------------------------------------------------------------------------
 
     def _submit(self, now: float, route: bytes, request: SubmitJob) -> list[Effect]:
         spec = request.spec
         known = self.jobs.get(spec.name)
+        if known is not None and known.submission == request.submission:
+            known.followers[route] = now + FOLLOW_FOR
+            return [Send(route, status(known, now, request.request))]
+        if self.trouble:
+            return [Send(route, Refused(request.request, "READ_ONLY", f"no new jobs now: {self.trouble}"))]
         if known is not None and known.state not in ENDED:
-            if known.spec == spec:
-                return [Send(route, status(known, now, request.request))]
             sentence = f"a job named {spec.name} is running: give this one another name with --name"
             return [Send(route, Refused(request.request, "NAME_TAKEN", sentence))]
         why_not = refusal(spec)
         if why_not:
             return [Send(route, Refused(request.request, "BAD_REQUEST", why_not))]
-        job = self.jobs[spec.name] = Job(spec, RestartBudget(spec.max_restarts), now)
+        too_large = larger_than(spec, {name: node.slots for name, node in self.nodes.items()})
+        if too_large:
+            return [Send(route, Refused(request.request, "NO_SLOTS", too_large))]
+        job = self.jobs[spec.name] = Job(spec, RestartBudget(spec.max_restarts), now, request.submission)
         job.followers[route] = now + FOLLOW_FOR
-        durable: list[Effect] = [Persist(record(job), (), fresh=True)]
-        return [*durable, Send(route, status(job, now, request.request)), *self._place(job)]
+        durable: list[Effect] = [*self._forget_oldest(), Persist(record(job), (), fresh=True)]
+        return [*durable, Send(route, status(job, now, request.request)), *self._place(now, job)]
+
+    def _forget_oldest(self) -> list[Effect]:
+        ended = sorted((job.ended_at, name) for name, job in self.jobs.items() if job.state in ENDED)
+        forgotten = [name for _, name in ended[:-ENDED_KEPT]]
+        for name in forgotten:
+            del self.jobs[name]
+        return [Forget(name) for name in forgotten]
+
+    def _status(self, now: float, route: bytes, request: StatusRequest) -> list[Effect]:
+        return [Send(route, self.status(now, request.request))]
+
+    def status(self, now: float, request: int) -> CoordinatorStatus:
+        """What this coordinator knows, for people; the shell adds what it knows of its process."""
+        used: dict[str, int] = {}
+        for job in self.jobs.values():
+            for slot in job.slots if job.state not in ENDED else ():
+                used[slot.node] = used.get(slot.node, 0) + 1
+        return CoordinatorStatus(
+            request=request,
+            epoch=self.epoch,
+            software="",
+            pid=0,
+            uptime=0.0,
+            trouble=self.trouble,
+            nodes=[NodeStatus(name, node.slots, used.get(name, 0)) for name, node in sorted(self.nodes.items())],
+            jobs=[status(job, now) for job in self.jobs.values()],
+            members={job.spec.name: _members(job) for job in self.jobs.values() if job.state not in ENDED},
+        )
 
     def _follow(self, now: float, route: bytes, request: FollowJob) -> list[Effect]:
         job = self.jobs.get(request.job)
@@ -283,15 +449,11 @@ class Coordinator:
         job.step.clear()
         job.wrapped = False
         job.sentence = "starts the workers"
-        roster = self._roster(now, job)
-        # The lighthouse first: agents' reports of this generation are refused by one that doesn't know it yet.
-        return [_persist(job), ToLighthouse(roster), *self._tell(job)]
+        return [_persist(job), *self._announce(now, job), *self._tell(job)]
 
     def _roster(self, now: float, job: Job) -> Roster:
-        self._request += 1
-        job.roster_request = self._request
         return Roster(
-            request=self._request,
+            request=self._next(),
             job=job.spec.name,
             generation=job.generation,
             policy=job.spec.policy,
@@ -305,35 +467,76 @@ class Coordinator:
             start_timeout=job.spec.start_timeout,
             allowance=job.budget.remaining(now),
             spec=job.spec,
+            running=job.state == "RUNNING",
         )
 
     def from_lighthouse(self, now: float, message: Message) -> list[Effect]:
         """What follows from an answer or an event of the lighthouse."""
+        effects: list[Effect] = []
+        if isinstance(message, FailureEvent | QuorumEvent | CompletedEvent | EventBeat | Snapshot):
+            if message.epoch < self._lighthouse_epoch:
+                return []
+            if message.epoch > self._lighthouse_epoch:
+                self._lighthouse_epoch = message.epoch
+                effects += self._lighthouse_is_new(now)
         match message:
             case Acknowledged():
-                return self._roster_taken(now, message)
-            case FailureEvent():
-                return self._failure(message)
-            case QuorumEvent():
-                return self._quorum(message)
-            case CompletedEvent():
+                effects += self._roster_taken(now, message)
+            case FailureEvent() | QuorumEvent() | CompletedEvent():
                 job = self.jobs.get(message.job)
                 if job is not None:
-                    job.sentence = "all ranks completed"
+                    effects += self._in_order(job, message)
             case EventBeat():
-                return self._waiting(message)
+                effects += self._missed(message)
+                effects += self._waiting(message)
+            case Snapshot():
+                effects += self._caught_up(message)
             case _:
                 pass
+        return effects
+
+    def _in_order(self, job: Job, event: FailureEvent | QuorumEvent | CompletedEvent) -> list[Effect]:
+        missed = event.sequence > job.sequence + 1
+        job.sequence = max(job.sequence, event.sequence)
+        effects = self._event(job, event)
+        if missed:
+            effects.append(ToLighthouse(SnapshotRequest(self._next(), job.spec.name)))
+        return effects
+
+    def _event(self, job: Job, event: FailureEvent | QuorumEvent | CompletedEvent) -> list[Effect]:
+        match event:
+            case FailureEvent():
+                return self._failure(job, event)
+            case QuorumEvent():
+                return self._quorum(job, event)
+            case CompletedEvent():
+                job.sentence = "all ranks completed"
         return []
+
+    def _missed(self, beat: EventBeat) -> list[Effect]:
+        behind = [job for name, job in self.jobs.items() if beat.latest.get(name, 0) > job.sequence]
+        return [ToLighthouse(SnapshotRequest(self._next(), job.spec.name)) for job in behind]
+
+    def _caught_up(self, snapshot: Snapshot) -> list[Effect]:
+        """Events that went past while this daemon, or its connection, was away; those seen before change nothing."""
+        job = self.jobs.get(snapshot.job)
+        if job is None or job.state in ENDED:
+            return []
+        job.sequence = max(job.sequence, snapshot.sequence)
+        effects: list[Effect] = []
+        events: list[FailureEvent | QuorumEvent] = [*snapshot.failures, *snapshot.quorums]
+        for event in sorted(events, key=lambda one: one.sequence):
+            iteration = event.failure.iteration if isinstance(event, FailureEvent) else event.iteration - 1
+            if iteration >= job.iteration:
+                effects += self._event(job, event)
+        return effects
 
     def _roster_taken(self, now: float, answer: Acknowledged) -> list[Effect]:
         effects: list[Effect] = []
         for job in self.jobs.values():
             if job.roster_request == answer.request and job.state in ("STARTING", "RUNNING"):
-                roster = self._roster(now, job)
                 job.roster_request = 0
-                for node in dict.fromkeys(slot.node for slot in job.slots):
-                    effects += self._to_node(node, roster)
+                effects += self._to_nodes(job, self._roster(now, job))
         return effects
 
     # --- the life of a generation --------------------------------------------------------------------------
@@ -351,7 +554,9 @@ class Coordinator:
         if job.state == "STARTING" and len(job.processes) == len(job.slots):
             job.state = "RUNNING"
             job.sentence = "runs"
-            effects += [_persist(job)]
+            effects.insert(0, _persist(job))
+        elif len(job.processes) == len(job.slots) and job.sentence == UNHEARD:
+            job.sentence = "runs"
         return [*effects, *self._tell(job)]
 
     def _worker_registered(self, now: float, route: bytes, report: WorkerRegistered) -> list[Effect]:
@@ -370,19 +575,21 @@ class Coordinator:
         return []
 
     def _worker_exited(self, now: float, route: bytes, report: WorkerExited) -> list[Effect]:
-        effects: list[Effect] = [Send(route, Acknowledged(report.request))]
+        acknowledged: list[Effect] = [Send(route, Acknowledged(report.request))]
         job = self.jobs.get(report.job)
         if job is None or report.generation != job.generation or job.state in ENDED:
-            return effects
+            return acknowledged
+        if job.exited.get(report.member) == report.incarnation:
+            return acknowledged
+        job.exited[report.member] = report.incarnation
         process = job.processes.get(report.member)
         if process is not None and process.incarnation == report.incarnation:
-            if not process.alive:
-                return effects
             process.alive = False
         job.incidents.exited(report)
-        if job.state == "STOPPING" or report.ordered or job.stopping:
-            return effects
-        return [*effects, *self._decide(now, job, report), *self._tell(job)]
+        if job.state in ("STOPPING", "RESTARTING") or report.ordered:
+            return acknowledged
+        # Acknowledged once it is durable: the agent repeats it to a coordinator that was killed before that.
+        return [*self._decide(now, job, report), *acknowledged, *self._tell(job)]
 
     def _decide(self, now: float, job: Job, report: WorkerExited) -> list[Effect]:
         rank = report.member.rpartition("/")[2]
@@ -390,7 +597,7 @@ class Coordinator:
             job.finished.add(report.member)
             if len(job.finished) == len(job.slots):
                 return self._end(now, job, "SUCCEEDED", f"all {len(job.slots)} ranks completed")
-            return []
+            return [_persist(job)]
         how = exit_cause(report.status).text if report.status else "exited with code 0 before it had completed"
         job.log_tail = report.log_tail
         if report.status == ABORT_EXIT_CODE:
@@ -404,6 +611,7 @@ class Coordinator:
             job.process_restarts += 1
             job.sentence = f"rank {rank} {how}; all workers are restarted"
             job.notice = _unwrapped(job)
+            job.state = "RESTARTING"
             return self._stop_workers(now, job, final=False)
         tried = (
             f"the {job.spec.max_restarts} restarts of --max-restarts are used up"
@@ -429,26 +637,19 @@ class Coordinator:
         if checkpoint > job.checkpoint:
             job.checkpoint = checkpoint
             if job.budget.renew() and job.state == "RUNNING":
-                roster = self._roster(now, job)
-                job.roster_request = 0
-                for node in dict.fromkeys(slot.node for slot in job.slots):
-                    effects += self._to_node(node, roster)
+                effects += self._to_nodes(job, self._roster(now, job))
         return [*effects, *self._tell(job)]
 
     # --- incidents -----------------------------------------------------------------------------------------
 
-    def _failure(self, event: FailureEvent) -> list[Effect]:
-        job = self.jobs.get(event.job)
-        if job is None:
-            return []
+    def _failure(self, job: Job, event: FailureEvent) -> list[Effect]:
         job.incidents.failed(event)
         who = "the store" if event.failure.rank < 0 else f"rank {event.failure.rank}"
         job.sentence = f"restarts: {who} {event.failure.kind} ({first_line(event.failure.cause.text)})"
         return self._tell(job)
 
-    def _quorum(self, event: QuorumEvent) -> list[Effect]:
-        job = self.jobs.get(event.job)
-        if job is None or event.generation != job.generation:
+    def _quorum(self, job: Job, event: QuorumEvent) -> list[Effect]:
+        if event.generation != job.generation or event.iteration <= job.iteration:
             return []
         job.incidents.answered(event)
         job.iteration = event.iteration
@@ -482,21 +683,22 @@ class Coordinator:
         return self._stop_workers(now, job, final=True)
 
     def _stop_workers(self, now: float, job: Job, *, final: bool) -> list[Effect]:
-        self._request += 1
-        job.request = self._request
-        order = StopWorkers(job.request, job.spec.name, max(job.generation, 0), STOP_GRACE, final)
-        nodes = dict.fromkeys(slot.node for slot in job.slots)
-        job.stopping = {node for node in nodes if node in self.nodes}
-        effects: list[Effect] = [_persist(job)]
-        for node in nodes:
-            effects += self._to_node(node, order)
+        job.request = self._next()
+        job.roster_request = 0
+        job.stop_until = now + STOP_GRACE + NODE_SILENT
+        job.stopping = {slot.node for slot in job.slots if slot.node in self.nodes}
+        effects: list[Effect] = [_persist(job), *self._to_nodes(job, self._stop_order(job, final=final))]
         if not job.stopping:
             effects += self._all_stopped(now, job)
         return [*effects, *self._tell(job)]
 
+    @staticmethod
+    def _stop_order(job: Job, *, final: bool) -> StopWorkers:
+        return StopWorkers(job.request, job.spec.name, max(job.generation, 0), STOP_GRACE, final)
+
     def _workers_stopped(self, now: float, route: bytes, report: WorkersStopped) -> list[Effect]:
         job = self.jobs.get(report.job)
-        if job is None or report.request != job.request:
+        if job is None or report.request != job.request or job.state not in ("STOPPING", "RESTARTING"):
             return []
         job.stopping -= {name for name, node in self.nodes.items() if node.route == route}
         return [] if job.stopping else self._all_stopped(now, job)
@@ -510,20 +712,43 @@ class Coordinator:
         job.incidents.restarted()
         return self._new_generation(now, job)
 
+    def shut_down(self, now: float) -> list[Effect]:
+        """This suite is being stopped: so are its jobs (D12)."""
+        effects: list[Effect] = []
+        for job in self.jobs.values():
+            if job.state not in ENDED and job.state != "STOPPING":
+                effects += self._end(now, job, "CANCELLED", "stopped with the suite (seamark down)")
+        return effects
+
+    @property
+    def stopping(self) -> bool:
+        """True while some job's workers are being stopped."""
+        return any(job.state == "STOPPING" for job in self.jobs.values())
+
     # --- telling -------------------------------------------------------------------------------------------
 
     def _to_node(self, node: str, message: Message) -> list[Effect]:
         known = self.nodes.get(node)
         return [Send(known.route, message)] if known else []
 
+    def _to_nodes(self, job: Job, message: Message) -> list[Effect]:
+        nodes = dict.fromkeys(slot.node for slot in job.slots)
+        return [effect for node in nodes for effect in self._to_node(node, message)]
+
     def _tell(self, job: Job) -> list[Effect]:
         return [Tell(job.spec.name)] if job.followers else []
 
     def tick(self, now: float) -> list[Effect]:
-        """Followers that stopped asking are forgotten."""
+        """What is repeated, and what is no longer waited for."""
+        effects: list[Effect] = []
         for job in self.jobs.values():
             job.followers = {route: until for route, until in job.followers.items() if until > now}
-        return []
+            if job.roster_request and now >= job.roster_due:
+                effects += self._announce(now, job)
+            if job.stopping and now >= job.stop_until:
+                job.stopping.clear()
+                effects += self._all_stopped(now, job)
+        return effects
 
 
 def status(job: Job, now: float, request: int = 0) -> JobStatus:
@@ -566,7 +791,34 @@ def record(job: Job) -> JobRecord:
         master_addr=job.master_addr,
         master_port=job.master_port,
         log_tail=job.log_tail,
+        submission=job.submission,
+        outcome=job.outcome,
+        submitted_at=job.submitted_at,
+        ended_at=job.ended_at,
+        checkpoint=job.checkpoint,
+        notice=job.notice,
+        wrapped=job.wrapped,
+        spent=job.budget.spent,
+        finished=sorted(job.finished),
+        exited=dict(job.exited),
     )
+
+
+def _members(job: Job) -> list[MemberStatus]:
+    members = []
+    for slot in job.slots:
+        process = job.processes.get(slot.member)
+        members.append(
+            MemberStatus(
+                member=slot.member,
+                rank=slot.rank,
+                node=slot.node,
+                pid=process.pid if process else 0,
+                alive=process is not None and process.alive,
+                step=job.step.get(slot.member, -1),
+            )
+        )
+    return members
 
 
 def _persist(job: Job) -> Persist:

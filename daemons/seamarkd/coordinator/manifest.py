@@ -6,6 +6,7 @@ records is one transaction: what ``commit`` returned from survives kill -9 and a
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
@@ -16,10 +17,13 @@ from typing import Self
 import msgspec
 
 from seamark.protocol.messages import Incident
-from seamarkd.coordinator.jobs import JobRecord, Persist
+from seamarkd.coordinator.jobs import Forget, JobRecord, Persist
 
 SCHEMA_VERSION = 1
+FREE_BYTES = 4 << 20
+"""No job is accepted with less than this left on the disk: those that run go on writing."""
 _SCHEMA = """
+CREATE TABLE IF NOT EXISTS starts (epoch INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE IF NOT EXISTS jobs (name TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS incidents (
     job TEXT NOT NULL, number INTEGER NOT NULL, record BLOB NOT NULL, PRIMARY KEY (job, number)
@@ -32,7 +36,7 @@ class ManifestError(Exception):
 
 
 class Manifest:
-    """The open database.
+    """The open database. Its ``epoch`` is one more than at the last opening.
 
     Args:
         path: the database file; its directory must exist.
@@ -70,9 +74,19 @@ class Manifest:
             )
         self._connection.executescript(_SCHEMA)
         run(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self.epoch = self._begin_epoch()
 
-    def commit(self, batch: Iterable[Persist]) -> None:
-        """Makes these records durable in one transaction.
+    def _begin_epoch(self) -> int:
+        run = self._connection.execute
+        run("BEGIN IMMEDIATE")
+        (last,) = run("SELECT coalesce(max(epoch), 0) FROM starts").fetchone()
+        run("DELETE FROM starts")
+        run("INSERT INTO starts VALUES (?)", (last + 1,))
+        run("COMMIT")
+        return int(last) + 1
+
+    def commit(self, batch: Iterable[Persist | Forget]) -> None:
+        """Makes these changes durable in one transaction.
 
         Raises:
             ManifestError: nothing of the batch was written.
@@ -81,6 +95,10 @@ class Manifest:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 for item in batch:
+                    if isinstance(item, Forget):
+                        self._connection.execute("DELETE FROM incidents WHERE job = ?", (item.job,))
+                        self._connection.execute("DELETE FROM jobs WHERE name = ?", (item.job,))
+                        continue
                     name = item.record.spec.name
                     if item.fresh:
                         self._connection.execute("DELETE FROM incidents WHERE job = ?", (name,))
@@ -97,6 +115,17 @@ class Manifest:
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise ManifestError(f"{self.path}: {error}") from error
+
+    def trouble(self) -> str:
+        """Why the next commit is likely to fail, and what to do; empty if nothing is known against it."""
+        disk = os.statvfs(self.path.parent)
+        free = disk.f_bavail * disk.f_frsize
+        if free >= FREE_BYTES:
+            return ""
+        return (
+            f"the disk of {self.path.parent} has {free >> 10} KiB left, and {FREE_BYTES >> 20} MiB are kept free for "
+            "the jobs that run: free some space"
+        )
 
     def jobs(self) -> list[JobRecord]:
         """All job records."""

@@ -30,6 +30,23 @@ def place(spec: JobSpec, free_slots: Mapping[str, int]) -> list[Slot] | None:
     ]
 
 
+def larger_than(spec: JobSpec, slots: Mapping[str, int]) -> str:
+    """Why this job would wait for ever on these nodes, even if nothing else ran on them; empty if it would not.
+
+    Args:
+        spec: the job.
+        slots: all worker places by node name.
+    """
+    if len(slots) < spec.min_nodes:
+        return ""  # more nodes may come
+    if sum(count >= spec.nproc_per_node for count in slots.values()) >= spec.min_nodes:
+        return ""
+    return (
+        f"--nproc-per-node {spec.nproc_per_node} on {spec.min_nodes} nodes is more than there is: the nodes have "
+        f"{', '.join(f'{node} {count}' for node, count in slots.items())} slots (agent.slots in seamark.toml)"
+    )
+
+
 def refusal(spec: JobSpec) -> str | None:
     """Why this job can't be accepted whatever nodes there are, in a sentence that says what to do; else None."""
     if spec.max_nodes < spec.min_nodes:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import zmq
+from msgspec.structs import replace
 
-from seamark.protocol.messages import Message
+from seamark.protocol.messages import Message, StatusRequest
 from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.channel import Channel
-from seamarkd.coordinator.jobs import Coordinator, Effect, Persist, Tell, ToLighthouse, status
+from seamarkd.coordinator.jobs import Coordinator, Effect, Forget, Persist, Tell, ToLighthouse, status
 from seamarkd.coordinator.manifest import Manifest, ManifestError
 from seamarkd.effects import Send
+from seamarkd.software import SOFTWARE
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,20 @@ TELL_INTERVAL = 0.1
 """Seconds between two status messages to a follower, at the least."""
 TICK = 1.0
 COMMIT_RETRY = 1.0
+STOPPED_LOOK = 0.05
+
+
+def coalesced(changes: Iterable[Persist | Forget]) -> list[Persist | Forget]:
+    """The changes with one record per job, its latest: as durable, and bounded while the disk is full."""
+    latest: dict[str, Persist | Forget] = {}
+    for change in changes:
+        name = change.job if isinstance(change, Forget) else change.record.spec.name
+        before = latest.pop(name, None)
+        if isinstance(change, Persist) and isinstance(before, Persist) and not change.fresh:
+            incidents = {one.number: one for one in (*before.incidents, *change.incidents)}
+            change = Persist(change.record, tuple(incidents.values()), before.fresh)
+        latest[name] = change
+    return list(latest.values())
 
 
 class CoordinatorShell:
@@ -37,8 +55,7 @@ class CoordinatorShell:
         context: the process's ZeroMQ context.
         address: where agents and operators reach it (ROUTER).
         lighthouse, events: the lighthouse's two addresses.
-        manifest: its durable state.
-        epoch: rises with every start.
+        manifest: its durable state, from which the jobs of an earlier start are taken up.
     """
 
     def __init__(
@@ -48,10 +65,11 @@ class CoordinatorShell:
         lighthouse: str,
         events: str,
         manifest: Manifest,
-        epoch: int,
     ) -> None:
-        self.core = Coordinator(epoch)
+        self.core = Coordinator(manifest.epoch)
+        self.core.restore(time.monotonic(), [(one, manifest.incidents(one.spec.name)) for one in manifest.jobs()])
         self._manifest = manifest
+        self._since = time.monotonic()
         self._loop = asyncio.get_running_loop()
         router = make_socket(context, zmq.ROUTER)
         router.bind(check_address(address))
@@ -65,8 +83,17 @@ class CoordinatorShell:
         self._subscription = Channel(subscriber, self._on_lighthouse)
         self._waiting: deque[Effect] = deque()
         self._committer: asyncio.Task[None] | None = None
+        self._closing = False
         self._told: dict[str, asyncio.TimerHandle] = {}
         self._timer = self._loop.call_later(TICK, self._tick)
+
+    async def shut_down(self, patience: float) -> None:
+        """Stops every job, as far as its nodes answer within ``patience`` seconds, and closes."""
+        self._perform(self.core.shut_down(time.monotonic()))
+        deadline = time.monotonic() + patience
+        while self.core.stopping and time.monotonic() < deadline:
+            await asyncio.sleep(STOPPED_LOOK)
+        await self.close()
 
     async def close(self) -> None:
         """Commits what waits, stops serving, closes the manifest."""
@@ -74,6 +101,7 @@ class CoordinatorShell:
         for handle in self._told.values():
             handle.cancel()
         if self._committer is not None:
+            self._closing = True
             await self._committer
         self._requests.close()
         self._lighthouse.close()
@@ -81,12 +109,23 @@ class CoordinatorShell:
         self._manifest.close()
 
     def _on_message(self, route: bytes, message: Message) -> None:
+        if isinstance(message, StatusRequest):
+            status = replace(
+                self.core.status(time.monotonic(), message.request),
+                software=SOFTWARE,
+                pid=os.getpid(),
+                uptime=time.monotonic() - self._since,
+            )
+            self._requests.send(status, route)
+            return
         self._perform(self.core.handle(time.monotonic(), route, message))
 
     def _on_lighthouse(self, topic: bytes, message: Message) -> None:
         self._perform(self.core.from_lighthouse(time.monotonic(), message))
 
     def _tick(self) -> None:
+        if self._committer is None or self._committer.done():
+            self.core.trouble = self._manifest.trouble()
         self._perform(self.core.tick(time.monotonic()))
         self._timer = self._loop.call_later(TICK, self._tick)
 
@@ -98,7 +137,7 @@ class CoordinatorShell:
                 self._committer = self._loop.create_task(self._commit())
 
     def _send_ready(self) -> None:
-        while self._waiting and not isinstance(self._waiting[0], Persist):
+        while self._waiting and not isinstance(self._waiting[0], Persist | Forget):
             self._send(self._waiting.popleft())
 
     def _send(self, effect: Effect) -> None:
@@ -110,24 +149,28 @@ class CoordinatorShell:
             case Tell(job):
                 if job not in self._told:
                     self._told[job] = self._loop.call_later(TELL_INTERVAL, self._tell, job)
-            case Persist():
-                raise AssertionError("a Persist is committed, not sent")
+            case Persist() | Forget():
+                raise AssertionError("a change of the manifest is committed, not sent")
 
     async def _commit(self) -> None:
         while self._waiting:
-            batch = [effect for effect in self._waiting if isinstance(effect, Persist)]
-            sends = list(self._waiting)
+            batch = coalesced(effect for effect in self._waiting if isinstance(effect, Persist | Forget))
+            sends = deque(effect for effect in self._waiting if not isinstance(effect, Persist | Forget))
             self._waiting.clear()
-            while True:
-                try:
-                    await self._loop.run_in_executor(None, self._manifest.commit, batch)
-                    break
-                except ManifestError as error:
-                    log.error("can't write the manifest, trying again in %g s: %s", COMMIT_RETRY, error)
-                    await asyncio.sleep(COMMIT_RETRY)
-            for effect in sends:
-                if not isinstance(effect, Persist):
-                    self._send(effect)
+            try:
+                await self._loop.run_in_executor(None, self._manifest.commit, batch)
+            except ManifestError as error:
+                self.core.trouble = str(error)
+                log.error("can't write the manifest, trying again in %g s: %s", COMMIT_RETRY, error)
+                if self._closing:
+                    return
+                # What came meanwhile belongs to the next try, behind what failed.
+                self._waiting.extendleft(reversed([*batch, *sends]))
+                await asyncio.sleep(COMMIT_RETRY)
+                continue
+            self.core.trouble = ""
+            while sends:
+                self._send(sends.popleft())
             self._send_ready()
 
     def _tell(self, name: str) -> None:

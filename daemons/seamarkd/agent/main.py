@@ -1,0 +1,81 @@
+"""``seamark-agent``: a node's agent as a daemon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import zmq
+
+from seamarkd import daemon
+from seamarkd.agent.shell import AgentShell
+from seamarkd.cli.exit_codes import TERMINATED
+from seamarkd.epoch import next_epoch
+from seamarkd.paths import private
+
+PREEMPTION_GRACE = 30.0
+"""Seconds workers have for an emergency checkpoint when their host goes away (D12)."""
+LINGER = 3_600.0
+"""Seconds that keepers and workers live on without an agent before they end themselves."""
+
+
+class _Served:
+    def __init__(self, shell: AgentShell) -> None:
+        self._shell = shell
+
+    async def leave(self) -> int:
+        await self._shell.shut_down(PREEMPTION_GRACE)
+        return TERMINATED
+
+    async def close(self) -> None:
+        self._shell.close()
+
+
+@click.command()
+@click.option("--node", help="This node's name; by default the host's.")
+@click.option("--slots", type=click.IntRange(1), help="Worker places of this node.")
+@click.option("--instance", type=click.IntRange(0), default=0, help="Tells several agents on one host apart.")
+@daemon.options
+def command(
+    node: str | None,
+    slots: int | None,
+    instance: int,
+    config: Path | None,
+    insecure: bool,
+    log_level: str | None,
+    log_format: str | None,
+) -> None:
+    """Starts, watches and restarts the training processes of one node.
+
+    \b
+    Examples:
+      seamark-agent --config /etc/seamark/seamark.toml
+      seamark-agent --node gpu-07 --slots 8
+    """
+    flags = {"agent__node": node, "agent__slots": slots}
+    chosen = daemon.settings(config, insecure=insecure, log_level=log_level, log_format=log_format, **flags)
+
+    async def start(context: zmq.Context[Any]) -> daemon.Served:
+        directory = private(chosen.run_directory / f"agent-{instance}")
+        shell = AgentShell(
+            context,
+            node=chosen.node if instance == 0 else f"{chosen.node}-{instance}",
+            slots=chosen.slots,
+            run_directory=directory,
+            lighthouse=chosen.lighthouse.address,
+            events=chosen.lighthouse.events,
+            coordinator=chosen.coordinator.address,
+            host=chosen.agent.host,
+            epoch=next_epoch(directory / "epoch"),
+            linger=LINGER,
+        )
+        await shell.start()
+        return _Served(shell)
+
+    daemon.run("agent", chosen, start)
+
+
+def main() -> None:
+    """Entry point."""
+    daemon.main(command)

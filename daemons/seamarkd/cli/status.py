@@ -1,0 +1,337 @@
+"""``seamark status``: how the daemons, nodes, jobs and ranks of a suite are, in one picture.
+
+``assess`` turns the two daemons' answers into rows and an exit code and does nothing else; asking and printing stand
+apart from it. What jobs wrote reaches the terminal only through ``plain``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from seamark.protocol.codec import ProtocolError
+from seamark.protocol.messages import CoordinatorStatus, JobStatus, LighthouseStatus, MemberStatus, StatusRequest
+from seamarkd.cli.exit_codes import CONFIGURATION, FAILED, SUCCEEDED, UNREACHABLE
+from seamarkd.cli.operator import Operator, UnreachableError
+from seamarkd.coordinator.jobs import ENDED
+from seamarkd.lighthouse.nodes import BEAT_INTERVAL, LOST_BEATS
+from seamarkd.settings import Settings, SettingsError, load
+
+ASK_TIMEOUT = 2.0
+REDRAW_INTERVAL = 1.0
+MEMBERS_SHOWN = 20
+ENDED_SHOWN = 10
+SILENT_AFTER = BEAT_INTERVAL * LOST_BEATS
+CLOCKS = frozenset({"uptime", "beat_age", "running_for"})
+"""Fields that differ between any two answers: no change that anybody would want a line for."""
+
+Answer = TypeVar("Answer", CoordinatorStatus, LighthouseStatus)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table; ``bad`` rows are red."""
+
+    cells: tuple[str, ...]
+    bad: bool = False
+
+
+@dataclass(slots=True)
+class Picture:
+    """What is shown. ``problems`` are the sentences behind an exit code that is not 0; ``notes`` change no code."""
+
+    code: int = SUCCEEDED
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    daemons: list[Row] = field(default_factory=list)
+    nodes: list[Row] = field(default_factory=list)
+    jobs: list[Row] = field(default_factory=list)
+    members: dict[str, list[Row]] = field(default_factory=dict)
+    more: dict[str, int] = field(default_factory=dict)
+    """By job: how many of its members are not among the rows."""
+    ended: int = 0
+    """How many ended jobs are not among the rows."""
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the daemons' answers as JSON.")
+@click.option("--watch", is_flag=True, help="Draw again every second, until Ctrl-C; a JSON line per change in a pipe.")
+@click.option("--verbose", is_flag=True, help="Also the daemons' versions and epochs.")
+@click.option("--config", type=click.Path(path_type=Path), help="The configuration file.")
+def status(as_json: bool, watch: bool, verbose: bool, config: Path | None) -> int:
+    """Shows the daemons, nodes, jobs and ranks of a suite.
+
+    \b
+    Exit codes:
+      0   all is well
+      1   something needs a look: a daemon or node is silent, a job waits or lacks ranks
+      2   neither the coordinator nor the lighthouse answers
+
+    \b
+    Examples:
+      seamark status
+      seamark status --watch
+      seamark status --json | jq .problems
+    """
+    try:
+        settings = load(config, os.environ, {})
+    except SettingsError as error:
+        click.echo(f"seamark: {error}", err=True)
+        return CONFIGURATION
+    console = Console()
+    if watch:
+        _watch(settings, console, verbose=verbose, as_json=as_json or not console.is_terminal)
+    coordinator, lighthouse = ask(settings)
+    picture = assess(coordinator, lighthouse, exposed(settings))
+    if as_json:
+        click.echo(json.dumps(data(coordinator, lighthouse, picture), indent=2))
+    else:
+        console.print(draw(picture, verbose=verbose))
+    return picture.code
+
+
+def ask(settings: Settings) -> tuple[CoordinatorStatus | str, LighthouseStatus | str]:
+    """Both daemons' answers, asked at the same time; in place of one that did not come, the reason."""
+    with ThreadPoolExecutor(2) as pool:
+        coordinator = pool.submit(ask_one, settings.coordinator.address, CoordinatorStatus)
+        lighthouse = pool.submit(ask_one, settings.lighthouse.address, LighthouseStatus)
+        return coordinator.result(), lighthouse.result()
+
+
+def ask_one(address: str, answer: type[Answer], timeout: float = ASK_TIMEOUT) -> Answer | str:
+    """The status of the daemon at this address, or why there is none, after ``timeout`` seconds at the latest."""
+    try:
+        with Operator(connectable(address)) as operator:
+            return operator.ask(StatusRequest, answer, timeout)
+    except UnreachableError:
+        return f"no answer at {address} within {timeout:g} s"
+    except ProtocolError as error:
+        return f"{address}: {error}"
+
+
+def assess(
+    coordinator: CoordinatorStatus | str, lighthouse: LighthouseStatus | str, exposed: list[str] | None = None
+) -> Picture:
+    """The picture of a suite.
+
+    Args:
+        coordinator, lighthouse: the answers, or the reason why there is none.
+        exposed: addresses that anybody on the network can reach.
+    """
+    picture = Picture()
+    for address in exposed or []:
+        picture.notes.append(f"{address} is open to the network without keys: whoever reaches it can run programs")
+    picture.daemons = [_daemon(picture, "lighthouse", lighthouse), _daemon(picture, "coordinator", coordinator)]
+    if isinstance(lighthouse, LighthouseStatus) and lighthouse.dropped:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(lighthouse.dropped.items()))
+        picture.notes.append(f"the lighthouse dropped frames that were no message: {counts}")
+    _nodes(picture, coordinator, lighthouse)
+    if isinstance(coordinator, CoordinatorStatus):
+        waiting = lighthouse.waiting if isinstance(lighthouse, LighthouseStatus) else {}
+        _jobs(picture, coordinator, waiting)
+    if isinstance(coordinator, str) and isinstance(lighthouse, str):
+        picture.code = UNREACHABLE
+    elif picture.problems:
+        picture.code = FAILED
+    return picture
+
+
+def _daemon(picture: Picture, role: str, answer: CoordinatorStatus | LighthouseStatus | str) -> Row:
+    if isinstance(answer, str):
+        picture.problems.append(f"the {role} is unreachable ({answer}): start it with seamark up")
+        return Row((role, "unreachable", "", "", "", "", answer), bad=True)
+    trouble = answer.trouble if isinstance(answer, CoordinatorStatus) else answer.sentence
+    if trouble:
+        picture.problems.append(f"the {role}: {trouble}")
+    cells = (role, "up", str(answer.pid), duration(answer.uptime), answer.software, str(answer.epoch), trouble)
+    return Row(cells, bad=bool(trouble))
+
+
+def _nodes(picture: Picture, coordinator: CoordinatorStatus | str, lighthouse: LighthouseStatus | str) -> None:
+    places = {} if isinstance(coordinator, str) else {node.node: node for node in coordinator.nodes}
+    health = {} if isinstance(lighthouse, str) else {node.node: node for node in lighthouse.nodes}
+    for name in sorted(places.keys() | health.keys()):
+        slots = f"{places[name].used}/{places[name].slots}" if name in places else "?"
+        beat = health.get(name)
+        if beat is None:
+            unknown = isinstance(lighthouse, str)
+            word = "not seen: the lighthouse is unreachable" if unknown else "not beating"
+            if not unknown:
+                picture.problems.append(f"node {name} sends no heartbeat to the lighthouse")
+            picture.nodes.append(Row((name, slots, "", word), bad=True))
+            continue
+        word = beat.verdict or ("silent" if beat.beat_age > SILENT_AFTER else "")
+        if word:
+            picture.problems.append(f"node {name}: {word}, last beat {duration(beat.beat_age)} ago")
+        picture.nodes.append(Row((name, slots, duration(beat.beat_age), word or "ok"), bad=bool(word)))
+
+
+def _jobs(picture: Picture, coordinator: CoordinatorStatus, waiting: dict[str, str]) -> None:
+    living = [job for job in coordinator.jobs if job.state not in ENDED]
+    ended = [job for job in coordinator.jobs if job.state in ENDED]
+    picture.ended = max(0, len(ended) - ENDED_SHOWN)
+    for job in [*living, *ended[-ENDED_SHOWN:]]:
+        sentence = job.result or job.sentence
+        if job.state not in ENDED:
+            sentence = waiting.get(job.job) or job.sentence
+        trouble = _trouble(job, sentence)
+        if trouble:
+            picture.problems.append(trouble)
+        ranks = f"{job.alive}/{job.world_size}"
+        counts = (str(max(job.iteration, 0)), str(job.restarts), ranks, str(job.step))
+        picture.jobs.append(Row((job.job, job.state.lower(), *counts, sentence), bad=bool(trouble)))
+    for job in living:
+        members = sorted(coordinator.members.get(job.job, []), key=_worst_first)
+        picture.members[job.job] = [_member(member) for member in members[:MEMBERS_SHOWN]]
+        picture.more[job.job] = max(0, len(members) - MEMBERS_SHOWN)
+
+
+def _trouble(job: JobStatus, sentence: str) -> str:
+    if job.state == "PENDING":
+        return f"job {job.job} waits to be placed: {sentence}"
+    if job.state == "RUNNING" and job.alive < job.world_size:
+        return f"job {job.job} runs with {job.alive} of {job.world_size} ranks: {sentence}"
+    return ""
+
+
+def _worst_first(member: MemberStatus) -> tuple[bool, int, int]:
+    return member.alive, member.step, member.rank
+
+
+def _member(member: MemberStatus) -> Row:
+    state = "alive" if member.alive else "dead"
+    step = str(member.step) if member.step >= 0 else "none yet"
+    return Row((str(member.rank), member.node, str(member.pid), state, step), bad=not member.alive)
+
+
+def exposed(settings: Settings) -> list[str]:
+    """The addresses that reach beyond this host, where the configuration allows that."""
+    if not settings.security.insecure:
+        return []
+    addresses = (settings.lighthouse.address, settings.lighthouse.events, settings.coordinator.address)
+    return [address for address in addresses if not on_loopback(address)]
+
+
+def connectable(address: str) -> str:
+    """Where to connect for a daemon that listens at this address: a wildcard is this host."""
+    for wildcard in ("tcp://*:", "tcp://0.0.0.0:"):
+        if address.startswith(wildcard):
+            return f"tcp://127.0.0.1:{address.removeprefix(wildcard)}"
+    return address
+
+
+def on_loopback(address: str) -> bool:
+    """Whether an address can be reached from its own host alone."""
+    if not address.startswith("tcp://"):
+        return True
+    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def data(coordinator: CoordinatorStatus | str, lighthouse: LighthouseStatus | str, picture: Picture) -> dict[str, Any]:
+    """The answers as data: null for a daemon that gave none."""
+    return {
+        "code": picture.code,
+        "problems": picture.problems,
+        "notes": picture.notes,
+        "coordinator": None if isinstance(coordinator, str) else msgspec.to_builtins(coordinator),
+        "lighthouse": None if isinstance(lighthouse, str) else msgspec.to_builtins(lighthouse),
+    }
+
+
+def draw(picture: Picture, *, verbose: bool = False) -> Group:
+    """The picture for a terminal."""
+    parts: list[Table | Text] = [Text(plain(note), style="bold red") for note in picture.notes]
+    hidden = () if verbose else (4, 5)
+    names = ("daemon", "", "pid", "up for", "version", "epoch", "trouble")
+    parts.append(_table(names, picture.daemons, hidden))
+    if picture.nodes:
+        parts.append(_table(("node", "slots", "last beat", "verdict"), picture.nodes))
+    if picture.jobs:
+        parts.append(_table(("job", "state", "iteration", "restarts", "ranks", "step", ""), picture.jobs))
+    if picture.ended:
+        parts.append(Text(f"  and {picture.ended} more that ended", style="dim"))
+    for job, rows in picture.members.items():
+        if rows:
+            parts.append(Text(f"\nranks of {plain(job)}, worst first", style="bold"))
+            parts.append(_table(("rank", "node", "pid", "", "step"), rows))
+        if picture.more[job]:
+            parts.append(Text(f"  and {picture.more[job]} more", style="dim"))
+    return Group(*parts)
+
+
+def _table(names: tuple[str, ...], rows: list[Row], hidden: tuple[int, ...] = ()) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for at, name in enumerate(names):
+        if at not in hidden:
+            table.add_column(name, overflow="fold")
+    for row in rows:
+        cells = [Text(plain(cell)) for at, cell in enumerate(row.cells) if at not in hidden]
+        table.add_row(*cells, style="red" if row.bad else None)
+    return table
+
+
+def plain(text: str) -> str:
+    """Text from elsewhere, with what would steer a terminal (or can't be encoded) written as an escape."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, for people."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    for limit, unit, name in ((120, 1, "s"), (7_200, 60, "min"), (172_800, 3_600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86_400:.0f} d"
+
+
+def unclocked(value: Any) -> Any:
+    """The same data without the fields that only say how late it is."""
+    if isinstance(value, dict):
+        return {key: unclocked(item) for key, item in value.items() if key not in CLOCKS}
+    if isinstance(value, list):
+        return [unclocked(item) for item in value]
+    return value
+
+
+def _watch(settings: Settings, console: Console, *, verbose: bool, as_json: bool) -> NoReturn:
+    open_to_all = exposed(settings)
+    seen: Any = None
+    live = None if as_json else Live(console=console, auto_refresh=False, vertical_overflow="crop")
+    try:
+        if live is not None:
+            live.start()
+        while True:
+            next_at = time.monotonic() + REDRAW_INTERVAL
+            answers = ask(settings)
+            picture = assess(*answers, open_to_all)
+            if live is not None:
+                live.update(draw(picture, verbose=verbose), refresh=True)
+            else:
+                now = data(*answers, picture)
+                if (stripped := unclocked({**now, "problems": len(picture.problems)})) != seen:
+                    seen = stripped
+                    click.echo(json.dumps(now))
+            time.sleep(max(0.0, next_at - time.monotonic()))
+    finally:
+        if live is not None:
+            live.stop()

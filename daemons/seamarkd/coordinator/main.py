@@ -1,0 +1,65 @@
+"""``seamark-coordinator``: the coordinator as a daemon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import zmq
+
+from seamarkd import daemon
+from seamarkd.cli.exit_codes import TERMINATED
+from seamarkd.coordinator.manifest import Manifest
+from seamarkd.coordinator.shell import CoordinatorShell
+
+PATIENCE = 30.0
+"""Seconds the nodes have to stop their workers when the suite is stopped (D12)."""
+
+
+class _Served:
+    def __init__(self, shell: CoordinatorShell) -> None:
+        self._shell = shell
+
+    async def leave(self) -> int:
+        await self._shell.shut_down(PATIENCE)
+        return TERMINATED
+
+    async def close(self) -> None:
+        await self._shell.close()
+
+
+@click.command()
+@click.option("--address", help="Where it answers, as tcp://HOST:PORT.")
+@daemon.options
+def command(
+    address: str | None, config: Path | None, insecure: bool, log_level: str | None, log_format: str | None
+) -> None:
+    """Keeps the jobs: who runs where, what is restarted, how it ends.
+
+    \b
+    Examples:
+      seamark-coordinator --config /etc/seamark/seamark.toml
+      seamark-coordinator --address tcp://127.0.0.1:29712 --log-format json
+    """
+    flags = {"coordinator__address": address}
+    chosen = daemon.settings(config, insecure=insecure, log_level=log_level, log_format=log_format, **flags)
+
+    async def start(context: zmq.Context[Any]) -> daemon.Served:
+        manifest = Manifest(chosen.state_directory / "coordinator.db")
+        return _Served(
+            CoordinatorShell(
+                context,
+                chosen.coordinator.address,
+                chosen.lighthouse.address,
+                chosen.lighthouse.events,
+                manifest,
+            )
+        )
+
+    daemon.run("coordinator", chosen, start)
+
+
+def main() -> None:
+    """Entry point."""
+    daemon.main(command)

@@ -1,0 +1,242 @@
+"""``seamark status`` and ``seamark events``: what is judged, shown, and said to be missing."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from seamark.protocol.messages import (
+    Cause,
+    CompletedEvent,
+    CoordinatorStatus,
+    EventBeat,
+    Failure,
+    FailureEvent,
+    JobStatus,
+    LighthouseStatus,
+    MemberStatus,
+    NodeHealth,
+    NodeStatus,
+    QuorumEvent,
+    Snapshot,
+)
+from seamarkd.cli.events import Event, Printer, Reader, sentence
+from seamarkd.cli.operator import UnreachableError
+from seamarkd.cli.status import assess, connectable, data, draw, on_loopback, unclocked
+
+
+def job(name: str = "j", state: str = "RUNNING", alive: int = 2, world: int = 2, sentence: str = "fine") -> JobStatus:
+    return JobStatus(1, name, state, 0, 3, alive, world, 4, 1, 50, {}, sentence, "", "", [], 0, 9.0)
+
+
+def member(rank: int, *, alive: bool = True, step: int = 50) -> MemberStatus:
+    return MemberStatus(f"j/{rank}", rank, "n", 100 + rank, alive, step)
+
+
+def coordinator(
+    *jobs: JobStatus, trouble: str = "", nodes: tuple[str, ...] = ("n",), members: list[MemberStatus] | None = None
+) -> CoordinatorStatus:
+    places = [NodeStatus(node, 8, 2) for node in nodes]
+    return CoordinatorStatus(1, 7, "seamark 1", 42, 60.0, trouble, places, list(jobs), {"j": members or []})
+
+
+def lighthouse(
+    *, age: float = 0.1, verdict: str = "", sentence: str = "", waiting: dict[str, str] | None = None
+) -> LighthouseStatus:
+    return LighthouseStatus(1, 7, "seamark 1", 41, 60.0, sentence, [NodeHealth("n", age, verdict)], waiting or {}, {})
+
+
+def drawn(*answers: CoordinatorStatus | LighthouseStatus | str, exposed: list[str] | None = None) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(draw(assess(*answers, exposed)))  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code", "problem"),
+    [
+        (coordinator(), lighthouse(), 0, ""),
+        (coordinator(job()), lighthouse(), 0, ""),
+        (coordinator(job(state="STARTING", alive=0)), lighthouse(), 0, ""),
+        (coordinator(job(state="FAILED", alive=0)), lighthouse(), 0, ""),
+        (coordinator(job(alive=1)), lighthouse(), 1, "job j runs with 1 of 2 ranks"),
+        (coordinator(job(state="PENDING", sentence="no slots")), lighthouse(), 1, "waits to be placed: no slots"),
+        (coordinator(trouble="the disk is full"), lighthouse(), 1, "the coordinator: the disk is full"),
+        (coordinator(), lighthouse(sentence="many nodes are silent"), 1, "the lighthouse: many nodes"),
+        (coordinator(), lighthouse(verdict="frozen"), 1, "node n: frozen"),
+        (coordinator(), lighthouse(age=0.6), 1, "node n: silent"),
+        (coordinator(nodes=("n", "m")), lighthouse(), 1, "node m sends no heartbeat"),
+        ("no answer", lighthouse(), 1, "the coordinator is unreachable"),
+        (coordinator(), "no answer", 1, "the lighthouse is unreachable"),
+        ("no answer", "no answer", 2, "the lighthouse is unreachable"),
+    ],
+)
+def test_the_exit_code_and_the_sentence_behind_it(
+    first: CoordinatorStatus | str, second: LighthouseStatus | str, code: int, problem: str
+) -> None:
+    picture = assess(first, second)
+    assert picture.code == code
+    assert any(problem in text for text in picture.problems) if problem else not picture.problems
+    assert json.loads(json.dumps(data(first, second, picture)))["code"] == code
+
+
+def test_members_come_worst_first_and_not_more_than_people_read() -> None:
+    members = [member(rank) for rank in range(25)]
+    members[7] = member(7, step=-1)
+    members[9] = member(9, step=40)
+    members[11] = member(11, alive=False, step=50)
+    picture = assess(coordinator(job(), members=members), lighthouse())
+    assert [row.cells[0] for row in picture.members["j"]][:4] == ["11", "7", "9", "0"]
+    assert len(picture.members["j"]) == 20
+    assert "and 5 more" in drawn(coordinator(job(), members=members), lighthouse())
+
+
+def test_the_quorums_sentence_goes_before_the_coordinators_while_a_job_lives() -> None:
+    waiting = {"j": "waits for rank 3"}
+    assert "waits for rank 3" in drawn(coordinator(job()), lighthouse(waiting=waiting))
+    assert "waits for rank 3" not in drawn(coordinator(job(state="SUCCEEDED")), lighthouse(waiting=waiting))
+
+
+def test_what_a_job_wrote_is_shown_and_does_not_steer_the_terminal() -> None:
+    text = drawn(coordinator(job(sentence="[red]x[/] \x1b[2J \udc80 \n[/oops]")), lighthouse())
+    assert r"[red]x[/] \x1b[2J \udc80 \n[/oops]" in text
+
+
+def test_an_open_address_is_said() -> None:
+    assert "tcp://*:29710 is open to the network" in drawn(coordinator(), lighthouse(), exposed=["tcp://*:29710"])
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("tcp://127.0.0.1:1", True),
+        ("tcp://127.9.9.9:1", True),
+        ("tcp://[::1]:1", True),
+        ("tcp://localhost:1", True),
+        ("ipc:///run/x", True),
+        ("tcp://*:1", False),
+        ("tcp://0.0.0.0:1", False),
+        ("tcp://10.0.0.1:1", False),
+        ("tcp://head:1", False),
+    ],
+)
+def test_which_addresses_stay_on_this_host(address: str, expected: bool) -> None:
+    assert on_loopback(address) is expected
+
+
+def test_a_wildcard_is_reached_on_this_host() -> None:
+    assert connectable("tcp://*:29710") == connectable("tcp://0.0.0.0:29710") == "tcp://127.0.0.1:29710"
+    assert connectable("tcp://head:29710") == "tcp://head:29710"
+
+
+def test_the_time_alone_is_no_change() -> None:
+    def seen(age: float, alive: int) -> object:
+        return unclocked(data(coordinator(job(alive=alive)), lighthouse(age=age), assess("", "")))
+
+    assert seen(0.1, 2) == seen(0.2, 2)
+    assert seen(0.1, 2) != seen(0.1, 1)
+
+
+# --- events ------------------------------------------------------------------------------------------------
+
+
+def lost(sequence: int, epoch: int = 1, at: float = 1.0) -> FailureEvent:
+    cause = Cause(kind="signal", status=9, text="killed by SIGKILL\nmore")
+    failure = Failure("lost", "j/2", "i", 2, "node-a", 3, cause, -1.0, at, at, "agent")
+    return FailureEvent("j", "ranks", epoch, sequence, failure)
+
+
+def quorum(sequence: int, epoch: int = 1) -> QuorumEvent:
+    return QuorumEvent("j", "ranks", epoch, sequence, 1, 0, 4, 4, [], 2.0, 3, [])
+
+
+def snapshot(*events: Event, latest: int, epoch: int = 1, completed: bool = False) -> Snapshot:
+    failures = [event for event in events if isinstance(event, FailureEvent)]
+    quorums = [event for event in events if isinstance(event, QuorumEvent)]
+    return Snapshot(1, "j", epoch, latest, failures, quorums, completed, "")
+
+
+class Known:
+    """A lighthouse that answers with this snapshot."""
+
+    def __init__(self, answer: Snapshot | None = None) -> None:
+        self.answer = answer
+        self.asked = 0
+
+    def __call__(self, name: str) -> Snapshot | None:
+        self.asked += 1
+        return self.answer
+
+
+def test_history_is_in_order_and_says_what_is_no_longer_kept() -> None:
+    reader = Reader(Known(snapshot(lost(1), lost(5), quorum(2), quorum(6), latest=8, completed=True)))
+    assert reader.open("j") == [
+        lost(1),
+        quorum(2),
+        "j: events 3-4 were no longer kept by the lighthouse",
+        lost(5),
+        quorum(6),
+        "j: event 7 was no longer kept by the lighthouse",
+        CompletedEvent("j", "ranks", 1, 8),
+    ]
+
+
+def test_an_event_comes_out_once_and_a_gap_is_filled_from_a_snapshot() -> None:
+    known = Known(snapshot(lost(1), quorum(2), latest=2))
+    reader = Reader(known)
+    reader.open("j")
+    assert reader.event(lost(1)) == []
+    assert reader.event(lost(3)) == [lost(3)]
+    assert reader.event(lost(3)) == []
+    known.answer = snapshot(lost(3), quorum(4), lost(5), quorum(6), latest=6)
+    expected = ["j: events 4-5 were missed: snapshot taken", quorum(4), lost(5), quorum(6)]
+    assert reader.event(quorum(6)) == expected
+    assert known.asked == 2
+
+
+def test_a_lost_tail_is_found_by_the_beat_and_only_then_is_anything_asked() -> None:
+    known = Known(snapshot(lost(1), latest=1))
+    reader = Reader(known)
+    reader.open("j")
+    assert reader.beat(EventBeat(1, {"j": 1, "other": 9}, {}), "j") == []
+    assert known.asked == 1
+    known.answer = snapshot(lost(1), quorum(2), latest=2)
+    assert reader.beat(EventBeat(1, {"j": 2}, {}), None) == ["j: event 2 was missed: snapshot taken", quorum(2)]
+
+
+def test_a_new_lighthouse_numbers_anew_whether_or_not_it_knows_the_job_yet() -> None:
+    for answer in (None, snapshot(lost(1, 2), latest=1, epoch=2)):
+        known = Known(snapshot(quorum(9), latest=9))
+        reader = Reader(known)
+        reader.open("j")
+        known.answer = answer
+        started = "j: the lighthouse was started anew, its numbers begin again: snapshot taken"
+        assert reader.event(lost(1, 2)) == [started, lost(1, 2)]
+        assert reader.event(quorum(10)) == []
+        assert reader.event(quorum(2, 2)) == [quorum(2, 2)]
+
+
+def test_a_lighthouse_that_gives_no_snapshot_loses_no_event_that_came() -> None:
+    def silent(name: str) -> Snapshot | None:
+        raise UnreachableError("no answer")
+
+    reader = Reader(silent)
+    assert reader.event(lost(3)) == ["j: no answer", "j: events 1-2 were no longer kept by the lighthouse", lost(3)]
+
+
+def test_sentences() -> None:
+    assert sentence(lost(1)) == "rank 2 on node-a lost: killed by SIGKILL (iteration 3)"
+    assert sentence(quorum(1)) == "quorum: iteration 4, 0 ranks, restart 4"
+
+
+def test_events_before_a_moment_are_left_out_with_what_was_missed_before_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printer = Printer(as_json=True, local=True, not_before=5.0)
+    printer.show(["old gap", lost(3, at=4.0), "new gap", lost(5, at=6.0)])
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["sequence"] for line in out.splitlines()] == [5]
+    assert err == "new gap\n"
