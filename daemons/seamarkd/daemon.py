@@ -80,6 +80,9 @@ def run(role: str, chosen: Settings, start: Start) -> NoReturn:
     logs.configure(role, chosen.log.level, chosen.log.format)
     if "SUPERVISOR_ENABLED" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP, 0, 0, 0)
+        if not _supervised():
+            log.error("supervisord was gone before this %s had begun: it ends", role)
+            sys.exit(SUCCEEDED)
     try:
         code = asyncio.run(_serve(role, start))
     except zmq.ZMQError as error:
@@ -90,6 +93,14 @@ def run(role: str, chosen: Settings, start: Start) -> NoReturn:
             log.error("%s", line)
         code = CONFIGURATION
     sys.exit(code)
+
+
+def _supervised() -> bool:
+    # The death of a parent before prctl() sends no signal.
+    try:
+        return b"supervisord" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def main(command: click.Command) -> NoReturn:

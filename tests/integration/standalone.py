@@ -1,4 +1,4 @@
-"""Runs ``seamark run --standalone`` as a user does, in directories of its own, and reads what the ranks say."""
+"""Runs ``seamark run`` as a user does, and reads what the ranks say; standalone in directories of its own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ T = TypeVar("T")
 HERE = Path(__file__).parent
 TRAINING = HERE / "train_small.py"
 DEADLINE = 90.0
+STEPS = 120
+EVERY = 10
+PACE = ("--steps", str(STEPS), "--every", str(EVERY), "--pause", "0.01")
+"""A run long enough to be hit between 20 and 80 % of it, and short enough for many."""
 
 
 def wait_for(what: str, condition: Callable[[], T | None], deadline: float = DEADLINE) -> T:
@@ -32,30 +36,24 @@ def wait_for(what: str, condition: Callable[[], T | None], deadline: float = DEA
     raise AssertionError(f"{what}: not within {deadline:g} s")
 
 
-class Standalone:
-    """One job, its process, and its ranks' reports."""
+class Run:
+    """One job, the process of its ``seamark run``, and its ranks' reports."""
 
-    def __init__(self, home: Path, *options: str, script: Path = TRAINING, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *options: str,
+        env: dict[str, str],
+        name: str = "job",
+        script: Path = TRAINING,
+        arguments: tuple[str, ...] = (),
+    ) -> None:
         self.home = home
         self.out = home / "out"
-        self.name = "job"
+        self.name = name
+        self.env = env
         home.mkdir(parents=True, exist_ok=True)
-        self.env = {
-            **os.environ,
-            "XDG_RUNTIME_DIR": str(home / "run"),
-            "XDG_STATE_HOME": str(home / "state"),
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "seamarkd.cli",
-            "run",
-            "--standalone",
-            "--name",
-            self.name,
-            *options,
-            str(script),
-        ]
+        command = [sys.executable, "-m", "seamarkd.cli", "run", "--name", self.name, *options, str(script)]
         if script == TRAINING:
             command += ["--out", str(self.out)]
         self.output = (home / "output").open("w+")
@@ -106,10 +104,6 @@ class Standalone:
                 time.sleep(gap)
             os.kill(pid, signal.SIGKILL)
 
-    def keeper(self) -> psutil.Process:
-        (keeper,) = psutil.Process(self.process.pid).children()
-        return keeper
-
     def finish(self, timeout: float = DEADLINE) -> int:
         try:
             code = self.process.wait(timeout)
@@ -122,7 +116,8 @@ class Standalone:
         return (self.home / "output").read_text()
 
     def logs(self) -> str:
-        logs = sorted((self.home / "state").glob("seamark/standalone/*/logs/*.log"))
+        state = Path(self.env["XDG_STATE_HOME"])
+        logs = sorted(state.glob(f"seamark/*/{self.name}/logs/*.log"))
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in logs)
 
     def incidents(self) -> list[dict[str, Any]]:
@@ -147,6 +142,18 @@ class Standalone:
                 self.process.kill()
                 self.process.wait()
         self.output.close()
+
+
+class Standalone(Run):
+    """A job with a suite of its own."""
+
+    def __init__(self, home: Path, *options: str, **more: Any) -> None:
+        env = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run"), "XDG_STATE_HOME": str(home / "state")}
+        super().__init__(home, "--standalone", *options, env=env, **more)
+
+    def keeper(self) -> psutil.Process:
+        (keeper,) = psutil.Process(self.process.pid).children()
+        return keeper
 
 
 def descendants_of(marker: str) -> list[str]:

@@ -8,31 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from standalone import Standalone, standalone, wait_for
+from standalone import EVERY, PACE, STEPS, Standalone, standalone, wait_for
 
 pytestmark = pytest.mark.integration
 
-STEPS = 120
-EVERY = 10
 FOUR = ("--nproc-per-node", "4")
-PACE = ("--steps", str(STEPS), "--every", str(EVERY), "--pause", "0.01")
 FAILURES = 60
 RESTARTS = 50
 KILLS = int(os.environ.get("SEAMARK_KILLS", "10"))
 """The proof is 100: ``SEAMARK_KILLS=100 scripts/test.sh -k many_kills``."""
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of a run that nothing happened to."""
-    with standalone(tmp_path_factory.mktemp("undisturbed"), *FOUR, arguments=PACE) as run:
-        assert run.finish() == 0, run.text() + run.logs()
-        (digest,) = run.digests()
-        assert run.incidents() == []
-        began = {report["sha256"] for rank in range(4) for report in run.reports(rank) if report["event"] == "resumed"}
-    assert len(began) == 1, "all ranks begin equal"
-    assert digest not in began, "a digest tells what was learned"
-    return digest
 
 
 def check_end(run: Standalone, undisturbed: str, *, iterations: int) -> list[dict[str, Any]]:

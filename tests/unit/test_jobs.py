@@ -161,6 +161,15 @@ def test_a_job_waits_for_a_node_with_enough_slots_and_says_so() -> None:
     assert bench.job.state == "STARTING"
 
 
+def test_the_end_of_a_job_makes_room_for_the_next() -> None:
+    bench = Bench(nproc_per_node=8)
+    bench.send(SubmitJob(2, spec(name="next", nproc_per_node=8), "next"), b"other")
+    assert bench.core.jobs["next"].state == "PENDING"
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.all_stopped()
+    assert bench.core.jobs["next"].state == "STARTING"
+
+
 def test_a_job_that_no_node_can_ever_hold_is_refused() -> None:
     core = Coordinator(1)
     core.handle(0.0, b"node", NodeHello("n0", "i", "ipc:///a", 4))

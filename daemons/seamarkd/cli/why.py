@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -12,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from seamark.protocol.messages import Failure, FollowJob, Incident, Incidents, IncidentsRequest, JobStatus
-from seamarkd.cli.exit_codes import FAILED
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.timeline import Segment, segments, total
 from seamarkd.coordinator.jobs import first_line
 from seamarkd.coordinator.manifest import read
 from seamarkd.paths import state_directory
+from seamarkd.settings import Settings, load
 from seamarkd.standalone import ADDRESS_FILE
 
 BAR_WIDTH = 24
@@ -30,10 +31,12 @@ ASK_TIMEOUT = 2.0
     "--incident", "number", type=click.IntRange(min=1), help="Only this incident, with every rank's own times."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
-def why(job: str | None, number: int | None, as_json: bool) -> int:
+@click.option("--config", type=click.Path(path_type=Path), help="The suite's settings; by default $SEAMARK_CONFIG.")
+def why(job: str | None, number: int | None, as_json: bool, config: Path | None) -> int:
     """Shows what happened to JOB: who failed, and what each phase of the restart cost, in ms.
 
-    JOB defaults to the standalone job that was started last; it may still be running.
+    JOB is a standalone job or one of the suite, and may still be running; it defaults to the standalone job that was
+    started last.
 
     \b
     Examples:
@@ -42,44 +45,54 @@ def why(job: str | None, number: int | None, as_json: bool) -> int:
     """
     home = state_directory() / "standalone"
     directory = home / job if job else _latest(home)
-    if directory is None or not (directory / "manifest.db").exists():
-        known = ", ".join(sorted(path.name for path in home.glob("*") if path.is_dir())) or "none"
-        raise click.UsageError(f"there is no job {job or ''} in {home}; jobs there: {known}")
     try:
-        summary, incidents = _ask(directory) or _read(directory)
+        if directory is not None and (directory / "manifest.db").exists():
+            job = directory.name
+            address = directory / ADDRESS_FILE
+            running = _ask(address.read_text(), job) if address.exists() else None
+            summary, incidents = running or _read(directory / "manifest.db", job)
+        elif job is not None:
+            summary, incidents = _of_the_suite(load(config, os.environ, {}), job)
+        else:
+            raise click.UsageError(f"which JOB? There is no standalone job in {home}")
     except RefusedError as error:
-        click.echo(f"seamark: {error}", err=True)
-        return FAILED
+        known = ", ".join(sorted(path.name for path in home.glob("*") if path.is_dir())) or "none"
+        raise click.UsageError(f"{error}; standalone jobs in {home}: {known}") from None
     if number is not None:
         incidents = [incident for incident in incidents if incident.number == number]
         if not incidents:
-            raise click.UsageError(f"job {directory.name} has no incident {number}")
+            raise click.UsageError(f"job {job} has no incident {number}")
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(incidents)))
         return 0
-    show(Console(), directory.name, summary, incidents, every_rank=number is not None)
+    show(Console(), job, summary, incidents, every_rank=number is not None)
     return 0
 
 
-def _ask(directory: Path) -> tuple[str, list[Incident]] | None:
-    """From the coordinator of a job that runs; None if none does."""
-    address = directory / ADDRESS_FILE
-    if not address.exists():
-        return None
+def _of_the_suite(settings: Settings, job: str) -> tuple[str, list[Incident]]:
+    manifest = settings.state_directory / "coordinator.db"
+    running = _ask(settings.coordinator.address, job)
+    if running is None and not manifest.exists():
+        raise RefusedError(f"there is no job {job}: no coordinator answers, and {manifest} does not exist")
+    return running or _read(manifest, job)
+
+
+def _ask(address: str, job: str) -> tuple[str, list[Incident]] | None:
+    """From the coordinator; None if nobody answers."""
     try:
-        with Operator(address.read_text()) as operator:
-            status = operator.ask(lambda n: FollowJob(n, directory.name), JobStatus, ASK_TIMEOUT)
-            answer = operator.ask(lambda n: IncidentsRequest(n, directory.name), Incidents, ASK_TIMEOUT)
+        with Operator(address) as operator:
+            status = operator.ask(lambda n: FollowJob(n, job), JobStatus, ASK_TIMEOUT)
+            answer = operator.ask(lambda n: IncidentsRequest(n, job), Incidents, ASK_TIMEOUT)
     except UnreachableError:
         return None
     return f"{status.state.lower()}: {status.sentence}", answer.incidents
 
 
-def _read(directory: Path) -> tuple[str, list[Incident]]:
-    """From the manifest of a job that has ended."""
-    record, incidents = read(directory / "manifest.db", directory.name)
+def _read(manifest: Path, job: str) -> tuple[str, list[Incident]]:
+    """From the manifest that a coordinator left."""
+    record, incidents = read(manifest, job)
     if record is None:
-        raise RefusedError(f"{directory.name} ended before it was accepted")
+        raise RefusedError(f"there is no job {job} in {manifest}")
     return (f"{record.state.lower()}: {record.result}" if record.result else record.state.lower()), incidents
 
 

@@ -246,11 +246,14 @@ class Coordinator:
         self.nodes[hello.node] = Node(route, hello.slots, now)
         effects: list[Effect] = [Send(route, Welcome(self.epoch))]
         for job in self.jobs.values():
-            if job.state == "PENDING":
-                effects += self._place(now, job)
-            elif job.state not in ENDED and any(slot.node == hello.node for slot in job.slots):
+            if job.state not in ENDED and any(slot.node == hello.node for slot in job.slots):
                 effects += self._orders(now, job, hello.node)
-        return effects
+        return [*effects, *self._place_waiting(now)]
+
+    def _place_waiting(self, now: float) -> list[Effect]:
+        """Jobs get their places in the order in which they were submitted; a small one may overtake."""
+        waiting = sorted((job.submitted_at, name) for name, job in self.jobs.items() if job.state == "PENDING")
+        return [effect for _, name in waiting for effect in self._place(now, self.jobs[name])]
 
     def _beat(self, now: float, route: bytes, beat: Beat) -> list[Effect]:
         node = self.nodes.get(beat.node)
@@ -707,7 +710,7 @@ class Coordinator:
         if job.state == "STOPPING":
             job.state = job.outcome
             job.sentence = job.result
-            return [_persist(job), *self._tell(job)]
+            return [_persist(job), *self._tell(job), *self._place_waiting(now)]
         job.state = "STARTING"
         job.incidents.restarted()
         return self._new_generation(now, job)
@@ -743,6 +746,8 @@ class Coordinator:
         effects: list[Effect] = []
         for job in self.jobs.values():
             job.followers = {route: until for route, until in job.followers.items() if until > now}
+            if job.state == "PENDING":
+                effects += self._place(now, job)
             if job.roster_request and now >= job.roster_due:
                 effects += self._announce(now, job)
             if job.stopping and now >= job.stop_until:

@@ -1,0 +1,19 @@
+"""What the integration tests share."""
+
+from __future__ import annotations
+
+import pytest
+from standalone import PACE, standalone
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of a run on four ranks that nothing happened to."""
+    with standalone(tmp_path_factory.mktemp("undisturbed"), "--nproc-per-node", "4", arguments=PACE) as run:
+        assert run.finish() == 0, run.text() + run.logs()
+        (digest,) = run.digests()
+        assert run.incidents() == []
+        began = {report["sha256"] for rank in range(4) for report in run.reports(rank) if report["event"] == "resumed"}
+    assert len(began) == 1, "all ranks begin equal"
+    assert digest not in began, "a digest tells what was learned"
+    return digest

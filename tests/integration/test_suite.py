@@ -1,0 +1,244 @@
+"""The daemons can be killed, together and one by one, and training neither stops nor restarts."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standalone import EVERY, STEPS, Run, wait_for
+from suite import Suite, suite
+
+pytestmark = pytest.mark.suite
+
+TWO_BY_TWO = ("--nnodes", "2", "--nproc-per-node", "2")
+ROUNDS = int(os.environ.get("SEAMARK_DAEMON_KILLS", "1"))
+"""The proof is 20: ``SEAMARK_DAEMON_KILLS=20 scripts/test.sh -k daemons_are_killed``."""
+COORDINATOR_KILLS = int(os.environ.get("SEAMARK_COORDINATOR_KILLS", "5"))
+"""The proof is 100: ``SEAMARK_COORDINATOR_KILLS=100 scripts/test.sh -k random_moments``."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
+    # Short: the path of a Unix socket has 107 bytes at most.
+    with suite(tmp_path_factory.mktemp("s")) as made:
+        yield made
+
+
+def pids(run: Run) -> list[set[int]]:
+    return [{report["pid"] for report in run.reports(rank)} for rank in range(4)]
+
+
+def moves_on(run: Run) -> None:
+    """Waits until every rank has done ten further steps, in the iteration it was in."""
+    before = [run.reports(rank)[-1] for rank in range(4)]
+    for rank, report in enumerate(before):
+        run.wait_step(rank, report["step"] + 10, report["iteration"])
+
+
+def job_of(cluster: Suite, name: str) -> dict[str, Any]:
+    (job,) = [job for job in cluster.status()["coordinator"]["jobs"] if job["job"] == name]
+    return dict(job)
+
+
+def test_daemons_are_killed_one_by_one_and_together(cluster: Suite, tmp_path: Path) -> None:
+    """No worker is touched, none is declared dead; a rank that dies while a daemon is away is replaced as ever."""
+    arguments = ("--steps", "1000000", "--every", str(EVERY), "--pause", "0.01")
+    run = cluster.run(tmp_path, *TWO_BY_TWO, "--max-restarts", "1000", name="killed", arguments=arguments)
+    culprits = []
+    try:
+        for rank in range(4):
+            run.wait_step(rank, 5, 0)
+        for _ in range(ROUNDS):
+            for names in (["agent-0"], ["coordinator"], ["agent-1", "lighthouse"]):
+                before = pids(run)
+                cluster.kill(*names)
+                cluster.wait_healthy()
+                moves_on(run)
+                assert pids(run) == before, names
+                job = job_of(cluster, "killed")
+                restarts = len(culprits)
+                assert (job["iteration"], job["restarts"], job["alive"]) == (restarts, restarts, 4), names
+            for names in (["lighthouse"], ["coordinator"], ["agent-1"]):
+                victim = 3 - len(culprits) % 2
+                os.kill(run.pid(victim), signal.SIGKILL)
+                cluster.kill(*names)
+                culprits.append(victim)
+                for rank in range(4):
+                    run.wait_entered(rank, len(culprits), "step")
+                cluster.wait_healthy()
+        incidents = wait_for("all incidents", lambda: _complete(run, len(culprits)))
+        assert [one["failures"][0]["rank"] for one in incidents] == culprits
+        # While its agent is away a death is known only from the others, whose connections to it broke.
+        others = [failure for one in incidents for failure in one["failures"][1:]]
+        assert all(failure["cause"]["communication"] for failure in others)
+        job = job_of(cluster, "killed")
+        assert (job["restarts"], job["process_restarts"]) == (len(culprits), len(culprits))
+    finally:
+        run.close()
+    assert run.process.returncode == 143
+
+
+def _complete(run: Run, count: int) -> list[dict[str, Any]] | None:
+    incidents = run.incidents()
+    return incidents if len(incidents) == count and len(incidents[-1]["stamps"]) == 4 else None
+
+
+def test_all_daemons_and_supervisord_are_killed_and_training_ends_the_same(
+    cluster: Suite, tmp_path: Path, undisturbed: str
+) -> None:
+    arguments = ("--steps", str(STEPS), "--every", str(EVERY), "--pause", "0.1")
+    run = cluster.run(tmp_path, *TWO_BY_TWO, name="unsupervised", arguments=arguments)
+    try:
+        run.wait_step(0, STEPS // 5, 0)
+        cluster.kill("lighthouse", "coordinator", "agent-0", "agent-1")
+        daemons = [program.pid for program in cluster.programs().values()]
+        cluster.supervisord().kill()
+        wait_for("its daemons to end with it", lambda: not any(Path(f"/proc/{pid}").exists() for pid in daemons))
+        assert "unreachable" in cluster.command("status", code=2)
+        moves_on(run)
+        cluster.up()
+        assert [len(one) for one in pids(run)] == [1] * 4
+        run.kill(2)
+        assert run.finish() == 0, run.text() + run.logs() + cluster.logs()
+        assert run.digests() == {undisturbed}
+        resumed = [report for report in run.reports(0) if report["event"] == "resumed"]
+        assert [(one["iteration"], one["step"] > 0) for one in resumed] == [(0, False), (1, True)]
+        assert [one["failures"][0]["rank"] for one in run.incidents()] == [2]
+    finally:
+        run.close()
+
+
+def test_a_fault_in_one_job_is_invisible_in_the_other(cluster: Suite, tmp_path: Path) -> None:
+    arguments = ("--steps", "1000000", "--every", str(EVERY), "--pause", "0.005")
+    runs = {
+        name: cluster.run(
+            tmp_path / name, "--nproc-per-node", "2", "--max-restarts", "100", name=name, arguments=arguments
+        )
+        for name in ("left", "right")
+    }
+    left, right = runs.values()
+    try:
+        for run in (left, right):
+            for rank in range(2):
+                run.wait_step(rank, 5, 0)
+        before = [{report["pid"] for report in right.reports(rank)} for rank in range(2)]
+        for iteration in range(3):
+            left.kill(iteration % 2)
+            for rank in range(2):
+                left.wait_step(rank, 0, iteration + 1)
+        latest = right.reports(0)[-1]
+        assert latest["iteration"] == 0
+        right.wait_step(0, latest["step"] + 10, 0)
+        assert [{report["pid"] for report in right.reports(rank)} for rank in range(2)] == before
+        assert right.incidents() == []
+        assert len(left.incidents()) == 3
+        # A third job finds no free slot, says so, and runs when there is one.
+        waiting = cluster.run(
+            tmp_path / "third", "--nnodes", "2", "--preload", "none", name="third", script=_touch(tmp_path)
+        )
+        wait_for("the third to wait", lambda: "free slots" in waiting.text())
+        taken = cluster.command("run", "--name", "left", str(_touch(tmp_path)), code=78)
+        assert "a job named left is running" in taken
+    finally:
+        for run in (left, right):
+            run.close()
+    try:
+        assert waiting.finish() == 0, waiting.text()
+    finally:
+        waiting.close()
+
+
+def _touch(home: Path) -> Path:
+    script = home / "touch.py"
+    script.write_text(
+        "import os\nopen(os.path.join(os.environ['OUT'], 'ran-' + os.environ['TORCHELASTIC_RUN_ID']), 'a').write('x')\n"
+    )
+    return script
+
+
+@pytest.fixture(autouse=True)
+def _out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Suite) -> None:
+    cluster.env["OUT"] = str(tmp_path)
+
+
+def test_the_coordinator_is_killed_at_random_moments(cluster: Suite, tmp_path: Path) -> None:
+    """Every job that was submitted runs, and none runs twice."""
+    chance = random.Random(COORDINATOR_KILLS)
+    script = _touch(tmp_path)
+    runs = []
+    try:
+        for number in range(COORDINATOR_KILLS):
+            name = f"short-{number}-{secrets.token_hex(2)}"
+            run = cluster.run(tmp_path / name, "--max-restarts", "0", "--preload", "none", name=name, script=script)
+            runs.append(run)
+            moment = chance.random()
+            if 0.3 <= moment < 0.6:
+                wait_for("the job", lambda run=run: "logs in" in run.text() or run.process.poll() is not None)
+            elif moment >= 0.6:
+                wait_for("the script", lambda name=name: (tmp_path / f"ran-{name}").is_file())
+            cluster.kill("coordinator")
+        for run in runs:
+            assert run.finish() == 0, run.text() + cluster.logs()
+    finally:
+        for run in runs:
+            run.close()
+    assert [(tmp_path / f"ran-{run.name}").read_text() for run in runs] == ["x"] * COORDINATOR_KILLS
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+
+def test_more_ranks_than_slots_is_refused(cluster: Suite, tmp_path: Path) -> None:
+    said = cluster.command("run", "--nproc-per-node", "3", str(_touch(tmp_path)), code=78)
+    assert "host 2" in said
+    assert "agent.slots" in said
+
+
+def test_a_second_lighthouse_on_the_port_is_refused_and_not_restarted(cluster: Suite) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from seamarkd.lighthouse.main import main; main()"],
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert "is another lighthouse running?" in done.stderr
+    assert cluster.healthy()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[lighthouse]\naddres = 'tcp://127.0.0.1:1'\n", "did you mean address"),
+        ("[agent]\nslots = 'two'\n", "agent.slots"),
+        ("[lighthouse\n", "line 1"),
+    ],
+)
+def test_a_bad_configuration_is_refused_before_anything_starts(tmp_path: Path, content: str, sentence: str) -> None:
+    bad = Suite(tmp_path / "b")
+    path = tmp_path / "seamark.toml"
+    path.write_text(content)
+    del bad.env["SEAMARK_AGENT_SLOTS"], bad.env["SEAMARK_LIGHTHOUSE_ADDRESS"]
+    said = bad.command("up", "--config", str(path), code=78)
+    assert str(path) in said
+    assert sentence in said
+    assert not (tmp_path / "b" / "run" / "seamark" / "supervisor.sock").exists()
+
+
+def test_a_state_file_that_is_no_database_is_named_and_nothing_is_left_running(tmp_path: Path) -> None:
+    bad = Suite(tmp_path / "b")
+    bad.state.mkdir(parents=True, mode=0o700)
+    (bad.state / "coordinator.db").write_text("this is no database, " * 100)
+    said = bad.command("up", code=78)
+    assert "coordinator.db is not a usable database" in said
+    assert not (tmp_path / "b" / "run" / "seamark" / "supervisor.sock").exists()
