@@ -461,3 +461,39 @@ def test_it_waits_a_heartbeat_s_time_for_members_of_a_running_job(anew: Bench) -
     anew.do(anew.group.tick(anew.now))
     assert anew.sent(QuorumAnswer) == []
     assert "1 expected" in anew.group.reason
+
+
+def test_an_answer_that_was_lost_is_given_again(running: Bench) -> None:
+    request = running.request
+    running.request -= 1
+    running.join(3)
+    (answer,) = running.sent(QuorumAnswer)
+    assert (answer.iteration, [(one.member, one.request) for one in answer.recipients]) == (0, [("job/3", request)])
+    running.request -= 2
+    running.said.clear()
+    member = "job/3"
+    old = Join("job", RANKS, 0, member, running.incarnations[member], request - 1, -1, 0, 0, [])
+    assert running.do(running.group.join(running.now, b"w3", old)) == []
+
+
+def test_a_join_whose_fault_report_was_lost_is_a_fault(running: Bench) -> None:
+    running.join(1)
+    assert running.published(FailureEvent) == []
+    running.now += EVIDENCE_WINDOW
+    running.do(running.group.tick(running.now))
+    (event,) = running.published(FailureEvent)
+    assert (event.failure.member, event.failure.iteration) == ("job/1", 0)
+    running.join(0, 2, 3)
+    assert [one.iteration for one in running.published(QuorumEvent)] == [1]
+
+
+def test_an_answer_lost_with_the_lighthouse_that_gave_it_starts_a_new_iteration(anew: Bench) -> None:
+    announce(anew, 0, 1, 2, 3)
+    anew.do(anew.group.recall(anew.now, recall(5)))
+    anew.join(2)
+    anew.now += EVIDENCE_WINDOW
+    anew.do(anew.group.tick(anew.now))
+    (event,) = anew.published(FailureEvent)
+    assert event.failure.iteration == 5
+    anew.join(0, 1, 3)
+    assert [one.iteration for one in anew.published(QuorumEvent)] == [6]

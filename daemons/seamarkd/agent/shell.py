@@ -144,9 +144,7 @@ class AgentShell:
         self._sequences: dict[str, int] = {}
         self._lighthouse_epoch = -1
         self._hello = NodeHello(node, self._incarnation, self.address, slots)
-        router = make_socket(context, zmq.ROUTER)
-        router.bind(self.address)
-        self._workers = Channel(router, self._on_worker)
+        self._workers = Channel(make_socket(context, zmq.ROUTER), self._on_worker)
         self._lighthouse = Channel(self._connect(context, lighthouse), self._on_lighthouse)
         self._coordinator = Channel(self._connect(context, coordinator), self._on_coordinator)
         subscriber = make_socket(context, zmq.SUB)
@@ -159,6 +157,8 @@ class AgentShell:
     async def start(self) -> None:
         """Takes up what an earlier start of this agent left, and introduces itself to the other daemons."""
         await asyncio.gather(*(self._adopt(remembered) for remembered in self._memory.read()))
+        # Not before: a worker that is not known yet would be refused, and end.
+        self._workers.socket.bind(self.address)
         self._lighthouse.send(self._hello)
         self._coordinator.send(self._hello)
         self._tick()

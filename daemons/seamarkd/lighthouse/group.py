@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from seamark.protocol.messages import (
     Cause,
     Complete,
@@ -125,6 +127,8 @@ class Group:
         self._previous: PreviousQuorum | None = None
         self._active: frozenset[str] = frozenset()
         self._completions: dict[str, Waiter] = {}
+        self._answered: dict[str, Waiter] = {}
+        self._last_answer: QuorumAnswer | None = None
         self._incident: Incident | None = None
 
     # --- membership ----------------------------------------------------------------------------------------
@@ -272,13 +276,36 @@ class Group:
             return refusal
         if self.done:
             return [Send(route, Completed(self.job, self.name, [_recipient(request.member, waiter)]))]
+        answered = self._answered.get(request.member)
+        if answered is not None and answered.incarnation == request.incarnation:
+            if request.request < answered.request:
+                return []
+            answer = self._answer_in_force()
+            if request.request == answered.request and answer is not None:
+                # It was lost with the agent that should have delivered it.
+                return [Send(route, replace(answer, recipients=[_recipient(request.member, waiter)]))]
         earlier = self._joins.get(request.member)
         if earlier is not None:
             waiter.since = earlier[0].since
         self._joins[request.member] = (waiter, request)
         self._expected.pop(request.member, None)
         self._completions.pop(request.member, None)
-        return self.answer_if_ready(now)
+        return [*self._unexplained(now, request), *self.answer_if_ready(now)]
+
+    def _answer_in_force(self) -> QuorumAnswer | None:
+        answer = self._last_answer
+        return answer if answer is not None and answer.iteration == self.iteration and not self._incident else None
+
+    def _unexplained(self, now: float, request: Join) -> list[Effect]:
+        """A member of the present iteration asks for the next one, and no fault is known: its report was lost.
+
+        Or the answer was, with the lighthouse that gave it. The others may wait for this member in a collective.
+        """
+        if self._incident is not None or request.member not in self._active:
+            return []
+        cause = Cause(kind="exception", text="left the iteration; its report was lost on the way", communication=True)
+        report = MemberFaulted(self.job, request.member, request.incarnation, self.iteration, cause, now)
+        return self.faulted(now, report)
 
     def complete(self, now: float, route: bytes, request: Complete) -> list[Effect]:
         """A member's function returned; all are told once the last active one has completed."""
@@ -384,6 +411,8 @@ class Group:
                 self._store,
             )
             effects.append(Send(route, answer))
+            self._last_answer = answer
+        self._answered = waiting
         event = self._events.quorum(
             self.name,
             quorum_id=quorum_id,

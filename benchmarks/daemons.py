@@ -1,0 +1,130 @@
+"""What the daemons cost at rest: memory of each, and the time from its start until it serves.
+
+Starts each daemon as supervisord would, on addresses of its own, asks it until it answers, and reads its resident
+memory a second later. Nothing else runs meanwhile; the samples are all kept.
+
+    .venv/bin/python benchmarks/daemons.py --json benchmarks/results/daemons.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from seamark.protocol.messages import CoordinatorStatus, LighthouseStatus
+from seamarkd.cli.status import ask_one
+
+HERE = Path(__file__).parent
+SETTLED = 1.0
+DEADLINE = 10.0
+MEBI = 1 << 20
+
+
+@click.command(help=__doc__)
+@click.option("--starts", default=20, show_default=True, type=click.IntRange(1), help="Starts of each daemon.")
+@click.option("--json", "result", type=click.Path(path_type=Path), help="Write every sample here.")
+def main(starts: int, result: Path | None) -> None:
+    """Measures, prints, and writes the result file."""
+    console = Console()
+    began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    samples: dict[str, dict[str, list[float]]] = {
+        role: {"seconds_until_serving": [], "resident_mib": []} for role in ("lighthouse", "coordinator", "agent")
+    }
+    for _ in track(range(starts), "starting daemons", console=console):
+        with tempfile.TemporaryDirectory(prefix="seamark-bench-") as home, contextlib.ExitStack() as running:
+            for role in samples:
+                process, seconds = running.enter_context(_started(role, _environment(home)))
+                samples[role]["seconds_until_serving"].append(seconds)
+                time.sleep(SETTLED)
+                samples[role]["resident_mib"].append(psutil.Process(process.pid).memory_info().rss / MEBI)
+    table = Table("daemon", "n", "serving p50", "max", "memory p50", "max")
+    for role, values in samples.items():
+        seconds, memory = values["seconds_until_serving"], values["resident_mib"]
+        table.add_row(
+            role,
+            str(starts),
+            f"{statistics.median(seconds) * 1e3:.0f} ms",
+            f"{max(seconds) * 1e3:.0f} ms",
+            f"{statistics.median(memory):.1f} MiB",
+            f"{max(memory):.1f} MiB",
+        )
+    console.print(table)
+    if result is not None:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        facts: dict[str, Any] = {
+            "commit": commit,
+            "began": began,
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "python": platform.python_version(),
+            "machine": f"{os.cpu_count()} cores, Linux {platform.release()}",
+            "samples": samples,
+        }
+        result.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _environment(home: str) -> dict[str, str]:
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("SEAMARK_", "SUPERVISOR_"))},
+        "XDG_RUNTIME_DIR": f"{home}/run",
+        "XDG_STATE_HOME": f"{home}/state",
+        "SEAMARK_LIGHTHOUSE_ADDRESS": f"ipc://{home}/l",
+        "SEAMARK_LIGHTHOUSE_EVENTS": f"ipc://{home}/e",
+        "SEAMARK_COORDINATOR_ADDRESS": f"ipc://{home}/c",
+    }
+
+
+@contextlib.contextmanager
+def _started(role: str, env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+    command = str(Path(sys.executable).with_name(f"seamark-{role}"))
+    began = time.monotonic()
+    process = subprocess.Popen([command], env=env, stderr=subprocess.DEVNULL)
+    try:
+        _serves(role, env)
+        yield process, time.monotonic() - began
+    finally:
+        process.send_signal(signal.SIGHUP)
+        process.wait()
+
+
+def _serves(role: str, env: dict[str, str]) -> None:
+    ready: dict[str, Callable[[], bool]] = {
+        "lighthouse": lambda: isinstance(
+            ask_one(env["SEAMARK_LIGHTHOUSE_ADDRESS"], LighthouseStatus), LighthouseStatus
+        ),
+        "coordinator": lambda: bool(_nodes(env) is not None),
+        "agent": lambda: bool(_nodes(env)),
+    }
+    deadline = time.monotonic() + DEADLINE
+    while not ready[role]():
+        if time.monotonic() >= deadline:
+            raise click.ClickException(f"the {role} does not serve after {DEADLINE:g} s")
+        time.sleep(0.001)
+
+
+def _nodes(env: dict[str, str]) -> list[Any] | None:
+    """The nodes that the coordinator knows: an agent serves once it is one of them."""
+    answer = ask_one(env["SEAMARK_COORDINATOR_ADDRESS"], CoordinatorStatus)
+    return answer.nodes if isinstance(answer, CoordinatorStatus) else None
+
+
+if __name__ == "__main__":
+    main()
