@@ -280,10 +280,23 @@ def remembered(bench: Bench) -> Job:
     return msgspec.json.decode(msgspec.json.encode(bench.agent.jobs["job"]), type=Job)
 
 
+def known(*incarnations: str) -> dict[str, tuple[int, float]]:
+    return {incarnation: (100 + int(incarnation[1:]), NOW) for incarnation in incarnations}
+
+
+def test_a_worker_started_just_before_the_end_is_reported() -> None:
+    bench = Bench()
+    bench.die("i0")
+    agent = Agent("here", lambda: "new")
+    agent.adopt(NOW, remembered(bench), known("i0", "i1", "i2"))
+    reported = to_coordinator(agent.welcomed(NOW), WorkerStarted)
+    assert [(one.incarnation, one.pid, one.replaces) for one in reported][-1] == ("i2", 102, "i0")
+
+
 def test_living_workers_are_taken_up_and_nobody_is_started() -> None:
     bench = Bench()
     agent = Agent("here", lambda: "new")
-    assert agent.adopt(NOW, remembered(bench), {"i0", "i1"}) == []
+    assert agent.adopt(NOW, remembered(bench), known("i0", "i1")) == []
     assert agent.listening("job") == ["i0", "i1"]
     assert started(agent.from_coordinator(NOW, roster())) == []
     assert [one.pid for one in to_coordinator(agent.welcomed(NOW), WorkerStarted)] == [100, 101]
@@ -292,14 +305,14 @@ def test_living_workers_are_taken_up_and_nobody_is_started() -> None:
 
 def test_a_worker_that_was_to_be_started_is_started() -> None:
     bench = Bench()
-    assert started(Agent("here", lambda: "new").adopt(NOW, remembered(bench), {"i0"})) == ["job/1"]
+    assert started(Agent("here", lambda: "new").adopt(NOW, remembered(bench), known("i0"))) == ["job/1"]
 
 
 def test_a_loss_that_nobody_acknowledged_is_reported_again() -> None:
     bench = Bench()
     bench.die("i0")
     agent = Agent("here", lambda: "new")
-    effects = agent.adopt(NOW, remembered(bench), {"i0", "i1", "i2"})
+    effects = agent.adopt(NOW, remembered(bench), known("i0", "i1", "i2"))
     (lost,) = to_lighthouse(effects, MemberLost)
     assert (lost.incarnation, lost.replacement) == ("i0", "i2")
     assert started(effects) == []
@@ -309,7 +322,7 @@ def test_an_exit_is_kept_by_the_keeper_until_the_coordinator_knows_it() -> None:
     bench = Bench()
     (report,) = to_coordinator(bench.exit(-9), WorkerExited)
     agent = Agent("here", lambda: "new")
-    agent.adopt(NOW, remembered(bench), {"i0", "i1", "i2"})
+    agent.adopt(NOW, remembered(bench), known("i0", "i1", "i2"))
     (again,) = to_coordinator(agent.exited(NOW, "job", "i0", -9, NOW, "/log", []), WorkerExited)
     assert (again.incarnation, again.replacement) == (report.incarnation, report.replacement)
     effects = agent.from_coordinator(NOW, Acknowledged(again.request))

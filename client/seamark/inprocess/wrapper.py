@@ -124,7 +124,7 @@ class _Restarter:
         self._inside = -1
         self._cutting = threading.Lock()
         self._stillness = Stillness(threading.get_native_id())
-        self._asked_for_replacement = False
+        self._ask_for_replacement_at = 0.0
         self._stamps: dict[str, float] = {}
         self._reported = False
         self._ended_iteration = -1
@@ -274,8 +274,10 @@ class _Restarter:
         return False
 
     def _ask_for_replacement(self) -> None:
-        if not self._asked_for_replacement:
-            self._asked_for_replacement = True
+        # Again while nothing comes of it: an agent that is away just now has not heard it.
+        now = time.monotonic()
+        if now >= self._ask_for_replacement_at:
+            self._ask_for_replacement_at = now + STUCK_AFTER
             log.warning("blocked in a collective that can't be cut free: this process is to be replaced")
             self._session.stuck()
 

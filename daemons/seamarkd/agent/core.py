@@ -9,7 +9,7 @@ daemon stands between a death and the fork of its replacement. Knows no socket, 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -547,18 +547,20 @@ class Agent:
 
     # --- a new start of the agent --------------------------------------------------------------------------
 
-    def adopt(self, now: float, job: Job, known: Container[str]) -> list[Effect]:
+    def adopt(self, now: float, job: Job, known: Mapping[str, tuple[int, float]]) -> list[Effect]:
         """Take up a job of an earlier start of this agent.
 
         Args:
             job: what that one remembered.
-            known: incarnations of which its keeper knows, alive or ended: the ended ones are reported by ``exited``.
+            known: of which incarnations its keeper knows, with process id and the time of the fork, alive or ended: the
+                ended ones are reported by ``exited``.
         """
         self.jobs[job.name] = job
         job.workers |= job.exited
         job.exited = {}
         effects: list[Effect] = []
         for worker in job.workers.values():
+            worker.pid, worker.forked_at = known.get(worker.incarnation, (worker.pid, worker.forked_at))
             if worker.lost:
                 cause = Cause(kind="signal", text="killed")
                 effects.append(self._report_loss(now, job, worker, cause, now, "agent, started anew"))

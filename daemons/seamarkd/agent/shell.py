@@ -143,6 +143,7 @@ class AgentShell:
         self._beats = 0
         self._sequences: dict[str, int] = {}
         self._lighthouse_epoch = -1
+        self._untold: set[str] = set()
         self._hello = NodeHello(node, self._incarnation, self.address, slots)
         self._workers = Channel(make_socket(context, zmq.ROUTER), self._on_worker)
         self._lighthouse = Channel(self._connect(context, lighthouse), self._on_lighthouse)
@@ -219,7 +220,8 @@ class AgentShell:
                 for slot in roster.slots
                 if slot.member == worker.member
             }
-        self._perform(self.core.adopt(time.monotonic(), job, {held.process.incarnation for held in processes}))
+        known = {held.process.incarnation: (held.process.pid, held.process.forked_at) for held in processes}
+        self._perform(self.core.adopt(time.monotonic(), job, known))
         for held in ended:
             if held.process.status is not None:
                 self._exited(job.name, held.process)
@@ -233,10 +235,10 @@ class AgentShell:
                 os.kill(worker.pid, signal.SIGKILL)
         job.store = StoreAddress()
         job.store_incarnation = ""
-        incarnations = [*job.workers, *job.exited]
+        known = {one.incarnation: (one.pid, one.forked_at) for one in (*job.workers.values(), *job.exited.values())}
         now = time.monotonic()
-        self._perform(self.core.adopt(now, job, incarnations))
-        for incarnation in incarnations:
+        self._perform(self.core.adopt(now, job, known))
+        for incarnation in known:
             self._perform(self.core.exited(now, job.name, incarnation, -signal.SIGKILL, now, "", []))
 
     def _connect(self, context: zmq.Context[Any], address: str) -> zmq.Socket[Any]:
@@ -302,7 +304,9 @@ class AgentShell:
 
     def _tell_workers(self, job: str, message: Message) -> None:
         for incarnation in self.core.listening(job):
-            self._workers.send(message, incarnation.encode())
+            if not self._workers.send(message, incarnation.encode()):
+                # It has not come back to this door yet, and asks for nothing while it trains.
+                self._untold.add(job)
 
     # --- effects -------------------------------------------------------------------------------------------
 
@@ -532,6 +536,9 @@ class AgentShell:
         self._lighthouse.send(beat)
         if self._beats % COORDINATOR_BEAT_TICKS == 0:
             self._coordinator.send(beat)
+        untold, self._untold = self._untold, set()
+        for job in untold:
+            self._lighthouse.send(SnapshotRequest(0, job))
         self._perform(self.core.tick(time.monotonic()))
         self._timer = self._loop.call_later(TICK, self._tick)
 
