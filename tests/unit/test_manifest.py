@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from seamark.protocol.messages import Incident, JobSpec, StoreAddress
-from seamarkd.coordinator.jobs import JobRecord, Persist
+from seamarkd.coordinator import manifest as manifests
+from seamarkd.coordinator.jobs import Forget, JobRecord, Persist
 from seamarkd.coordinator.manifest import Manifest, ManifestError, read
+from seamarkd.coordinator.shell import coalesced
 
 
 def record(state: str = "RUNNING") -> JobRecord:
@@ -73,3 +75,42 @@ def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(ManifestError, match="version 99"):
         Manifest(tmp_path / "m.db")
+
+
+def test_every_start_is_a_new_epoch(tmp_path: Path) -> None:
+    epochs = []
+    for _ in range(3):
+        with Manifest(tmp_path / "m.db") as manifest:
+            epochs.append(manifest.epoch)
+    assert epochs == [1, 2, 3]
+
+
+def test_a_forgotten_job_is_gone(tmp_path: Path) -> None:
+    with Manifest(tmp_path / "m.db") as manifest:
+        manifest.commit([Persist(record(), (incident(1),)), Forget("job")])
+        assert (manifest.jobs(), manifest.incidents("job")) == ([], [])
+
+
+def test_a_disk_that_fills_up_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Manifest(tmp_path / "m.db") as manifest:
+        assert manifest.trouble() == ""
+        monkeypatch.setattr(manifests, "FREE_BYTES", 1 << 60)
+        assert f"the disk of {tmp_path}" in manifest.trouble()
+        assert "free some space" in manifest.trouble()
+
+
+def test_what_waits_for_a_full_disk_is_one_record_per_job(tmp_path: Path) -> None:
+    changes = [
+        Persist(record("PENDING"), (), fresh=True),
+        Persist(record("STARTING"), (incident(1),)),
+        Persist(record("RUNNING"), (incident(1), incident(2))),
+    ]
+    (one,) = coalesced(changes)
+    assert one == Persist(record("RUNNING"), (incident(1), incident(2)), fresh=True)
+    assert coalesced([*changes, Forget("job")]) == [Forget("job")]
+    assert coalesced([Forget("job"), changes[0]]) == [changes[0]]
+    with Manifest(tmp_path / "together.db") as together, Manifest(tmp_path / "apart.db") as apart:
+        together.commit(coalesced(changes))
+        apart.commit(changes)
+        assert together.jobs() == apart.jobs()
+        assert together.incidents("job") == apart.incidents("job")

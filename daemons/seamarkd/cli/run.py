@@ -21,7 +21,7 @@ from rich.text import Text
 from seamark.protocol.messages import FollowJob, JobSpec, JobStatus, Message, Refused, StopJob, SubmitJob
 from seamarkd.agent.keeper import PRELOAD
 from seamarkd.cli.exit_codes import ABORTED, CONFIGURATION, FAILED, INTERRUPTED, SUCCEEDED, TERMINATED
-from seamarkd.cli.operator import Operator, RefusedError
+from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.coordinator.jobs import ENDED
 from seamarkd.paths import job_directory
 from seamarkd.settings import load
@@ -255,10 +255,17 @@ class Follower:
         terminal = self._console.is_terminal
         live = Live(console=self._console, auto_refresh=False, transient=True) if terminal else None
         with live or nullcontext():
-            ask_at = time.monotonic() + FOLLOW_INTERVAL
+            heard_at = time.monotonic()
+            ask_at = heard_at + FOLLOW_INTERVAL
             while status.state not in ENDED:
                 self._show(status, live)
                 message = self._operator.receive(POLL)
+                if message is not None:
+                    heard_at = time.monotonic()
+                elif self._stop_at and time.monotonic() - heard_at > ANSWER_TIMEOUT:
+                    raise UnreachableError(
+                        f"the coordinator was asked to stop {self._job} and has not answered for {ANSWER_TIMEOUT:g} s"
+                    )
                 if isinstance(message, JobStatus) and message.job == self._job:
                     status = message
                 if isinstance(message, Refused):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,6 +22,8 @@ from seamarkd.coordinator.jobs import Forget, JobRecord, Persist
 SCHEMA_VERSION = 1
 FREE_BYTES = 4 << 20
 """No job is accepted with less than this left on the disk: those that run go on writing."""
+BALLAST_BYTES = 1 << 20
+"""Held in a file beside the database, and given up when the disk is full, so that running jobs can end."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS starts (epoch INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE IF NOT EXISTS jobs (name TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;
@@ -47,6 +49,7 @@ class Manifest:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._ballast = path.with_suffix(".ballast")
         try:
             # The shell commits from one worker thread at a time, never from two at once.
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -114,6 +117,8 @@ class Manifest:
                 raise
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
+            # Room for what running jobs have to write: the next try finds it.
+            self._ballast.unlink(missing_ok=True)
             raise ManifestError(f"{self.path}: {error}") from error
 
     def trouble(self) -> str:
@@ -121,11 +126,18 @@ class Manifest:
         disk = os.statvfs(self.path.parent)
         free = disk.f_bavail * disk.f_frsize
         if free >= FREE_BYTES:
+            self._take_ballast()
             return ""
         return (
             f"the disk of {self.path.parent} has {free >> 10} KiB left, and {FREE_BYTES >> 20} MiB are kept free for "
             "the jobs that run: free some space"
         )
+
+    def _take_ballast(self) -> None:
+        if self._ballast.exists():
+            return
+        with suppress(OSError), self._ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, BALLAST_BYTES)
 
     def jobs(self) -> list[JobRecord]:
         """All job records."""
