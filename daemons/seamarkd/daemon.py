@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -21,9 +21,8 @@ import zmq
 
 from seamarkd import logs
 from seamarkd.cli.exit_codes import CONFIGURATION, SUCCEEDED, USAGE
-from seamarkd.coordinator.manifest import ManifestError
-from seamarkd.epoch import EpochError
-from seamarkd.settings import Settings, SettingsError, load
+from seamarkd.errors import StateError
+from seamarkd.settings import FORMATS, LEVELS, Settings, SettingsError, load
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +46,8 @@ Start = Callable[[zmq.Context[Any]], Awaitable[Served]]
 def options(function: F) -> F:
     """The options that all daemons have."""
     for option in (
-        click.option("--log-format", type=click.Choice(logs_formats()), help="One line per event: text or JSON."),
-        click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"])),
+        click.option("--log-format", type=click.Choice(FORMATS), help="One line per event: text or JSON."),
+        click.option("--log-level", type=click.Choice(LEVELS), help="The least that is logged."),
         click.option("--insecure", is_flag=True, help="Accept addresses off loopback, in the clear and without keys."),
         click.option(
             "--config", type=click.Path(path_type=Path), help="The settings file; by default $SEAMARK_CONFIG."
@@ -58,21 +57,20 @@ def options(function: F) -> F:
     return function
 
 
-def logs_formats() -> list[str]:
-    """What --log-format takes."""
-    return ["text", "json"]
-
-
 def settings(
-    config: Path | None, *, insecure: bool, log_level: str | None, log_format: str | None, **flags: object
+    config: Path | None, insecure: bool, log_level: str | None, log_format: str | None, flags: Mapping[str, object]
 ) -> Settings:
     """The settings of this daemon: flag over environment over file over default.
+
+    Args:
+        config, insecure, log_level, log_format: the common options.
+        flags: the role's own, by the key that they set.
 
     Raises:
         SettingsError: with all problems.
     """
     common = {"log.level": log_level, "log.format": log_format, "security.insecure": True if insecure else None}
-    return load(config, os.environ, {**common, **{name.replace("__", "."): value for name, value in flags.items()}})
+    return load(config, os.environ, {**common, **flags})
 
 
 def run(role: str, chosen: Settings, start: Start) -> NoReturn:
@@ -88,7 +86,7 @@ def run(role: str, chosen: Settings, start: Start) -> NoReturn:
     except zmq.ZMQError as error:
         log.error("can't listen: %s: is another %s running? seamark doctor tells", error.strerror, role)
         code = CONFIGURATION
-    except (SettingsError, ManifestError, EpochError, PermissionError) as error:
+    except (SettingsError, StateError, PermissionError) as error:
         for line in str(error).splitlines():
             log.error("%s", line)
         code = CONFIGURATION

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from seamarkd.errors import StateError
 
-class EpochError(Exception):
-    """The file can't be used; the sentence names it and says what to do."""
+
+class EpochError(StateError):
+    """The file can't be used."""
 
 
 def next_epoch(path: Path) -> int:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import functools
 
-SOFTWARE = f"seamark {version('seamark')}"
+
+@functools.cache
+def software() -> str:
+    """Name and version, for people; looked up when somebody asks, which takes a tenth of a daemon's start."""
+    from importlib.metadata import version
+
+    return f"seamark {version('seamark')}"

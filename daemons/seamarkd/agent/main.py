@@ -53,8 +53,7 @@ def command(
       seamark-agent --config /etc/seamark/seamark.toml
       seamark-agent --node gpu-07 --slots 8
     """
-    flags = {"agent__node": node, "agent__slots": slots}
-    chosen = daemon.settings(config, insecure=insecure, log_level=log_level, log_format=log_format, **flags)
+    chosen = daemon.settings(config, insecure, log_level, log_format, {"agent.node": node, "agent.slots": slots})
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         directory = private(chosen.run_directory / f"agent-{instance}")

@@ -17,7 +17,7 @@ from seamarkd.cli.run import run
 from seamarkd.cli.status import status
 from seamarkd.cli.suite import down, restart, up
 from seamarkd.cli.why import why
-from seamarkd.coordinator.manifest import ManifestError
+from seamarkd.errors import StateError
 from seamarkd.settings import SettingsError
 
 EXIT_CODES = """
@@ -68,7 +68,7 @@ def main() -> None:
     except ProtocolError as error:
         click.echo(f"seamark: {error}", err=True)
         sys.exit(UNREACHABLE)
-    except (ManifestError, PermissionError, SettingsError) as error:
+    except (StateError, PermissionError, SettingsError) as error:
         click.echo(f"seamark: {error}", err=True)
         sys.exit(CONFIGURATION)
     sys.exit(code if isinstance(code, int) else 0)

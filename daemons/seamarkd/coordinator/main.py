@@ -42,8 +42,7 @@ def command(
       seamark-coordinator --config /etc/seamark/seamark.toml
       seamark-coordinator --address tcp://127.0.0.1:29712 --log-format json
     """
-    flags = {"coordinator__address": address}
-    chosen = daemon.settings(config, insecure=insecure, log_level=log_level, log_format=log_format, **flags)
+    chosen = daemon.settings(config, insecure, log_level, log_format, {"coordinator.address": address})
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         manifest = Manifest(chosen.state_directory / "coordinator.db")

@@ -18,6 +18,7 @@ import msgspec
 
 from seamark.protocol.messages import Incident
 from seamarkd.coordinator.jobs import Forget, JobRecord, Persist
+from seamarkd.errors import StateError
 
 SCHEMA_VERSION = 1
 FREE_BYTES = 4 << 20
@@ -33,8 +34,8 @@ CREATE TABLE IF NOT EXISTS incidents (
 """
 
 
-class ManifestError(Exception):
-    """The database can't be used; the sentence names the file and what to do."""
+class ManifestError(StateError):
+    """The database can't be used."""
 
 
 class Manifest:

@@ -24,7 +24,7 @@ from seamarkd.channel import Channel
 from seamarkd.coordinator.jobs import Coordinator, Effect, Forget, Persist, Tell, ToLighthouse, status
 from seamarkd.coordinator.manifest import Manifest, ManifestError
 from seamarkd.effects import Send
-from seamarkd.software import SOFTWARE
+from seamarkd.software import software
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class CoordinatorShell:
         if isinstance(message, StatusRequest):
             status = replace(
                 self.core.status(time.monotonic(), message.request),
-                software=SOFTWARE,
+                software=software(),
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
             )

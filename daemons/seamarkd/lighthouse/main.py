@@ -45,8 +45,8 @@ def command(
       seamark-lighthouse --config /etc/seamark/seamark.toml
       seamark-lighthouse --address tcp://127.0.0.1:29710 --log-format json
     """
-    flags = {"lighthouse__address": address, "lighthouse__events": events}
-    chosen = daemon.settings(config, insecure=insecure, log_level=log_level, log_format=log_format, **flags)
+    flags = {"lighthouse.address": address, "lighthouse.events": events}
+    chosen = daemon.settings(config, insecure, log_level, log_format, flags)
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         epoch = next_epoch(chosen.state_directory / "lighthouse.epoch")

@@ -17,7 +17,7 @@ from seamarkd.channel import Channel
 from seamarkd.effects import Effect, Probe, Publish, Send
 from seamarkd.lighthouse.core import Lighthouse
 from seamarkd.lighthouse.nodes import ProbeResult
-from seamarkd.software import SOFTWARE
+from seamarkd.software import software
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class LighthouseShell:
         if isinstance(message, StatusRequest):
             status = replace(
                 self.core.status(time.monotonic(), message.request),
-                software=SOFTWARE,
+                software=software(),
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
                 dropped=dict(self._requests.dropped),
