@@ -114,6 +114,10 @@ def _serves(role: str, env: dict[str, str]) -> None:
         "agent": lambda: bool(_nodes(env)),
     }
     deadline = time.monotonic() + DEADLINE
+    # A client that connects too early waits for its own next try, up to half a second.
+    address = Path(env["SEAMARK_LIGHTHOUSE_ADDRESS" if role == "lighthouse" else "SEAMARK_COORDINATOR_ADDRESS"][6:])
+    while not address.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
     while not ready[role]():
         if time.monotonic() >= deadline:
             raise click.ClickException(f"the {role} does not serve after {DEADLINE:g} s")
