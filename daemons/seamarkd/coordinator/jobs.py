@@ -40,7 +40,6 @@ from seamark.protocol.messages import (
     Slot,
     Snapshot,
     SnapshotRequest,
-    StatusRequest,
     StopJob,
     StopWorkers,
     StoreAddress,
@@ -215,7 +214,6 @@ class Coordinator:
         self._handlers: dict[type[Message], Callable[[float, bytes, Any], list[Effect]]] = {
             NodeHello: self._hello,
             Beat: self._beat,
-            StatusRequest: self._status,
             SubmitJob: self._submit,
             FollowJob: self._follow,
             StopJob: self._stop_job,
@@ -386,9 +384,6 @@ class Coordinator:
         for name in forgotten:
             del self.jobs[name]
         return [Forget(name) for name in forgotten]
-
-    def _status(self, now: float, route: bytes, request: StatusRequest) -> list[Effect]:
-        return [Send(route, self.status(now, request.request))]
 
     def status(self, now: float, request: int) -> CoordinatorStatus:
         """What this coordinator knows, for people; the shell adds what it knows of its process."""
