@@ -15,6 +15,7 @@ from seamark.protocol.messages import (
     JobSpec,
     Join,
     LastQuorum,
+    Member,
     MemberLost,
     MemberStarted,
     MemberStuck,
@@ -312,10 +313,35 @@ def test_a_loss_that_nobody_acknowledged_is_reported_again() -> None:
     bench = Bench()
     bench.die("i0")
     agent = Agent("here", lambda: "new")
-    effects = agent.adopt(NOW, remembered(bench), known("i0", "i1", "i2"))
-    (lost,) = to_lighthouse(effects, MemberLost)
+    assert started(agent.adopt(NOW, remembered(bench), known("i0", "i1", "i2"))) == []
+    (lost,) = to_lighthouse(agent.registered(NOW), MemberLost)
     assert (lost.incarnation, lost.replacement) == ("i0", "i2")
-    assert started(effects) == []
+
+
+def quorum(*incarnations: str) -> QuorumAnswer:
+    chosen = [Member(f"job/{rank}", one, rank, "here", rank, {}) for rank, one in enumerate(incarnations)]
+    return QuorumAnswer("job", "ranks", [], 5, 0, 3, 3, chosen, STORE)
+
+
+def test_a_loss_is_told_every_new_lighthouse_until_a_quorum_was_answered_without_the_lost_one() -> None:
+    bench = Bench()
+    (lost,) = to_lighthouse(bench.die("i0"), MemberLost)
+    bench.agent.from_lighthouse(NOW, Acknowledged(lost.request))
+    (again,) = to_lighthouse(bench.agent.registered(NOW), MemberLost)
+    assert (again.incarnation, again.request != lost.request) == ("i0", True)
+    bench.agent.from_lighthouse(NOW, quorum("i0", "i1"))
+    assert len(to_lighthouse(bench.agent.registered(NOW), MemberLost)) == 1, "it was in that quorum, and died in it"
+    bench.agent.from_lighthouse(NOW, quorum("i2", "i1"))
+    assert to_lighthouse(bench.agent.registered(NOW), MemberLost) == []
+
+
+def test_the_announcement_of_a_worker_that_died_is_not_repeated() -> None:
+    """Repeated after the news of its end it would raise it from the dead, and its replacements would be refused."""
+    bench = Bench()
+    bench.agent.registered(NOW)
+    bench.die("i0")
+    again = to_lighthouse(bench.agent.tick(NOW + RESEND_INTERVAL), MemberStarted)
+    assert [one.incarnation for one in again] == ["i1"]
 
 
 def test_an_exit_is_kept_by_the_keeper_until_the_coordinator_knows_it() -> None:

@@ -388,8 +388,12 @@ def test_a_survivor_that_can_not_be_freed_is_a_consequence_and_is_waited_for_ane
 # --- a lighthouse that is started anew ---------------------------------------------------------------------
 
 
-def recall(iteration: int, *, completed: bool = False) -> LastQuorum:
-    return LastQuorum(1, "job", 0, (1 << 32) + 9, iteration, iteration, members(), completed)
+def recall(iteration: int, *, completed: bool = False, node: str = "n0") -> LastQuorum:
+    return LastQuorum(1, "job", 0, (1 << 32) + 9 + iteration, iteration, iteration, members(), completed, node)
+
+
+def nothing_to_recall(node: str = "n0") -> LastQuorum:
+    return LastQuorum(1, "job", 0, 0, -1, 0, [], False, node)
 
 
 @pytest.fixture
@@ -456,11 +460,54 @@ def test_a_loss_while_it_was_away_is_published_once_in_the_right_iteration(anew:
 
 def test_it_waits_a_heartbeat_s_time_for_members_of_a_running_job(anew: Bench) -> None:
     announce(anew, 0, 1, 2)
+    anew.do(anew.group.recall(anew.now, nothing_to_recall()))
     anew.join(0, 1, 2)
     anew.now += HEARTBEAT_TIMEOUT / 2
     anew.do(anew.group.tick(anew.now))
     assert anew.sent(QuorumAnswer) == []
     assert "1 expected" in anew.group.reason
+
+
+@pytest.fixture
+def of_two_nodes(anew: Bench) -> Bench:
+    """Like ``anew``; ranks 2 and 3 are on n1."""
+    slots = [msgspec.structs.replace(slot, node=f"n{slot.rank // 2}") for slot in roster(0).slots]
+    bench = anew
+    bench.group = Group("job", RANKS, EventLog("job", 2), 2 << 32, lambda node: bench.now)
+    bench.group.set_roster(bench.now, msgspec.structs.replace(roster(0, base=4), running=True, slots=slots))
+    return bench
+
+
+def test_no_iteration_is_known_before_all_nodes_have_been_heard(of_two_nodes: Bench) -> None:
+    """One node may have the answer that was lost on its way to the other."""
+    group, now = of_two_nodes.group, of_two_nodes.now
+    announce(of_two_nodes, 0, 1, 2, 3)
+    of_two_nodes.join(3)
+    of_two_nodes.do(group.recall(now, recall(5, node="n1")))
+    assert group.recalling
+    assert "n0" in group.reason
+    of_two_nodes.do(group.recall(now, recall(6, node="n0")))
+    assert not group.recalling
+    of_two_nodes.now += EVIDENCE_WINDOW
+    of_two_nodes.do(group.tick(of_two_nodes.now))
+    (event,) = of_two_nodes.published(FailureEvent)
+    assert (event.failure.member, event.failure.iteration) == ("job/3", 6), "it joins, and the others are in 6"
+
+
+def test_a_node_that_is_never_heard_is_not_waited_for_for_ever(of_two_nodes: Bench) -> None:
+    of_two_nodes.do(of_two_nodes.group.recall(of_two_nodes.now, recall(5, node="n1")))
+    of_two_nodes.now += HEARTBEAT_TIMEOUT
+    assert of_two_nodes.group.waits
+    of_two_nodes.do(of_two_nodes.group.tick(of_two_nodes.now))
+    assert not of_two_nodes.group.recalling
+
+
+def test_an_announcement_that_arrives_after_the_loss_raises_nobody(running: Bench) -> None:
+    first = running.incarnations["job/2"]
+    running.lose(2)
+    running.do(running.group.started(running.now, MemberStarted(0, "job", 0, "job/2", first, "n0")))
+    running.join(0, 1, 2, 3)
+    assert len(running.published(QuorumEvent)) == 1
 
 
 def test_an_answer_that_was_lost_is_given_again(running: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from test_group import KILLED, roster
 from test_manifest import record
 
@@ -9,6 +10,7 @@ from seamark.protocol.messages import (
     Acknowledged,
     Beat,
     BeatAnswer,
+    LastQuorum,
     MemberLost,
     NodeHello,
     Refused,
@@ -47,6 +49,18 @@ def test_a_report_is_acknowledged_as_often_as_it_comes() -> None:
     assert isinstance(published, Publish)
     assert answers(acknowledged) == [Acknowledged(5)]
     assert lighthouse.handle(0.0, b"a", report) == acknowledged
+
+
+def test_a_loss_is_not_acknowledged_before_it_is_known_which_iteration_it_ends() -> None:
+    lighthouse = Lighthouse(2)
+    lighthouse.handle(0.0, b"c", msgspec.structs.replace(roster(0), running=True))
+    report = MemberLost(5, "job", 0, "job/1", "x", KILLED, -1.0, 0.0, "canary")
+    assert lighthouse.handle(0.0, b"a", report) == []
+    last = LastQuorum(6, "job", 0, 1 << 32, 7, 7, [f"job/{rank}" for rank in range(4)], False, "n0")
+    assert answers(lighthouse.handle(0.0, b"a", last)) == [Acknowledged(6)]
+    published, *acknowledged = lighthouse.handle(0.0, b"a", report)
+    assert published.message.failure.iteration == 7
+    assert answers(acknowledged) == [Acknowledged(5)]
 
 
 def test_a_snapshot_says_where_the_job_stands() -> None:

@@ -284,7 +284,10 @@ class MemberStarted(Message, frozen=True):
 
 
 class LastQuorum(Message, frozen=True):
-    """What a node's workers know of their group's last quorum: a lighthouse that was started anew learns it back."""
+    """What a node's workers know of their group's last quorum: a lighthouse that was started anew learns it back.
+
+    ``quorum_id`` is 0 and ``members`` empty where they know of none: that, too, has to be heard.
+    """
 
     type_id = 16
     direction = "agent -> lighthouse"
@@ -297,6 +300,7 @@ class LastQuorum(Message, frozen=True):
     restarts: Count
     members: list[Name]
     completed: bool
+    node: Name
 
 
 class MemberLost(Message, frozen=True):

@@ -171,6 +171,10 @@ class Job(Struct):
     exited: dict[str, Worker] = field(default_factory=dict)
     """By incarnation; those whose exit was reported and isn't acknowledged."""
     quorum: LastQuorum | None = None
+    losses: list[MemberLost] = field(default_factory=list)
+    """Those that no answered quorum came after: a lighthouse started anew is told of them, whoever acknowledged."""
+    store_loss: StoreLost | None = None
+    """Likewise."""
     allowance: int = 0
     store: StoreAddress = field(default_factory=StoreAddress)
     store_request: int = 0
@@ -257,6 +261,8 @@ class Agent:
         job.allowance = roster.allowance
         job.wrapped = False
         job.quorum = None
+        job.losses.clear()
+        job.store_loss = None
         for worker in job.workers.values():
             worker.ordered = True
             effects.append(SignalWorker(job.name, worker.member, worker.incarnation, signal.SIGKILL))
@@ -314,9 +320,9 @@ class Agent:
         if job.roster is None:
             return []
         job.store = StoreAddress(job.store.host, job.store.port, job.store_incarnation)
-        remember = Remember(job_name)
         report = StoreLost(self._next(), job.name, job.roster.generation, job.store, detected_at)
-        return [remember, self._report(now, ToLighthouse(report))]
+        job.store_loss = report
+        return [Remember(job_name), self._report(now, ToLighthouse(report))]
 
     def worker_started(self, now: float, job_name: str, incarnation: str, pid: int, forked_at: float) -> list[Effect]:
         """The keeper started a worker."""
@@ -388,6 +394,7 @@ class Agent:
         if worker.lost or worker.ordered or roster is None or not current:
             return []
         worker.lost = True
+        self._withdraw_announcement(worker.incarnation)
         if self._may_replace(job, roster, cause):
             job.allowance -= 1
             worker.replacement = self._new_incarnation()
@@ -413,7 +420,15 @@ class Agent:
             detector=how,
             replacement=worker.replacement,
         )
+        job.losses.append(report)
         return self._report(now, ToLighthouse(report))
+
+    def _withdraw_announcement(self, incarnation: str) -> None:
+        """Repeated after the news of the worker's end it would raise it from the dead."""
+        for request, report in list(self._reports.items()):
+            message = report.effect.message
+            if isinstance(message, MemberStarted) and message.incarnation == incarnation:
+                del self._reports[request]
 
     def _may_replace(self, job: Job, roster: Roster, cause: Cause) -> bool:
         """Only a session that somebody's wrapper holds together can be entered again by a newcomer."""
@@ -498,10 +513,21 @@ class Agent:
         job = self.jobs.get(answer.job)
         if job is None:
             return []
-        members = [member.member for member in answer.members]
         job.quorum = LastQuorum(
-            0, job.name, answer.generation, answer.quorum_id, answer.iteration, answer.restarts, members, False
+            request=0,
+            job=job.name,
+            generation=answer.generation,
+            quorum_id=answer.quorum_id,
+            iteration=answer.iteration,
+            restarts=answer.restarts,
+            members=[member.member for member in answer.members],
+            completed=False,
+            node=self.node,
         )
+        present = {member.incarnation for member in answer.members}
+        job.losses = [report for report in job.losses if report.incarnation in present]
+        if job.store_loss is not None and job.store_loss.store == answer.store:
+            job.store_loss = None
         return [Remember(job.name)]
 
     def _completed(self, message: Completed) -> list[Effect]:
@@ -520,17 +546,18 @@ class Agent:
 
     def registered(self, now: float) -> list[Effect]:
         """The lighthouse is a new one, or new to us: tell what it has to know, and repeat what it may not know."""
-        waiting, self._reports = self._reports, {}
-        quorums = [job.quorum for job in self.jobs.values() if job.quorum is not None]
-        # First, so that losses reported below, now or again, are of the right iteration.
-        effects: list[Effect] = [
-            self._report(now, ToLighthouse(replace(quorum, request=self._next()))) for quorum in quorums
-        ]
-        for request, report in waiting.items():
-            if not isinstance(report.effect.message, MemberStarted | LastQuorum):
-                self._reports[request] = Report(report.effect, now + RESEND_INTERVAL)
-                effects.append(report.effect)
+        self._reports = {
+            request: report for request, report in self._reports.items() if isinstance(report.effect, ToCoordinator)
+        }
+        effects: list[Effect] = []
         for job in self.jobs.values():
+            if job.roster is None:
+                continue
+            unknown = LastQuorum(0, job.name, job.roster.generation, 0, -1, 0, [], False, self.node)
+            for message in (job.quorum or unknown, *job.losses, job.store_loss):
+                if message is None:
+                    continue
+                effects.append(self._report(now, ToLighthouse(replace(message, request=self._next()))))
             effects += [self._announce(now, job, worker) for worker in job.workers.values() if not worker.lost]
         return effects
 
@@ -561,10 +588,7 @@ class Agent:
         effects: list[Effect] = []
         for worker in job.workers.values():
             worker.pid, worker.forked_at = known.get(worker.incarnation, (worker.pid, worker.forked_at))
-            if worker.lost:
-                cause = Cause(kind="signal", text="killed")
-                effects.append(self._report_loss(now, job, worker, cause, now, "agent, started anew"))
-            elif worker.incarnation not in known and not worker.ordered:
+            if worker.incarnation not in known and not worker.ordered and not worker.lost:
                 effects.append(StartWorker(job.name, worker.member, worker.incarnation))
         if job.stopping is not None:
             order = job.stopping

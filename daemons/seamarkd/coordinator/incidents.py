@@ -125,10 +125,13 @@ class IncidentLog:
         return False
 
     def _has(self, failure: Failure) -> bool:
-        """True for an event heard again: in a snapshot, or after a restart of either side."""
-        identity = (failure.kind, failure.member, failure.incarnation, failure.iteration)
+        """True for an event heard again: in a snapshot, or after a restart of either side.
+
+        A process is lost once, even if a lighthouse started anew finds the others an iteration further.
+        """
         return any(
-            (known.kind, known.member, known.incarnation, known.iteration) == identity
+            (known.kind, known.member, known.incarnation) == (failure.kind, failure.member, failure.incarnation)
+            and (failure.kind == "lost" or known.iteration == failure.iteration)
             for incident in self.incidents[-LOOKED_BACK:]
             for known in incident.failures
         )

@@ -135,6 +135,9 @@ class Lighthouse:
         group = self.groups.get(report.job)
         if group is None:
             return [Send(route, _unknown_job(report.request, report.job))]
+        if group.recalling and isinstance(report, MemberLost | StoreLost):
+            # Not acknowledged, so it will be repeated: the nodes have yet to say which iteration it ends.
+            return []
         match report:
             case MemberStarted():
                 effects = group.started(now, report)

@@ -130,6 +130,8 @@ class Group:
         self._answered: dict[str, Waiter] = {}
         self._last_answer: QuorumAnswer | None = None
         self._incident: Incident | None = None
+        self._unheard: set[str] = set()
+        self._unheard_until = 0.0
 
     # --- membership ----------------------------------------------------------------------------------------
 
@@ -147,6 +149,8 @@ class Group:
         wait = HEARTBEAT_TIMEOUT if roster.running else roster.start_timeout
         self._expected = {slot.member: now + wait for slot in roster.slots}
         self._completions.clear()
+        self._unheard = {slot.node for slot in roster.slots} if roster.running else set()
+        self._unheard_until = now + HEARTBEAT_TIMEOUT
         return stale
 
     def started(self, now: float, report: MemberStarted) -> list[Effect]:
@@ -154,22 +158,41 @@ class Group:
         state = self.members.get(report.member)
         if state is None or report.generation != self.generation or state.incarnation == report.incarnation:
             return []
+        if state.lost == report.incarnation:
+            # Announced before it was lost, and heard after it: nobody comes back from the dead.
+            return []
         state.incarnation = report.incarnation
         state.alive = True
         self._expected[report.member] = now + self._start_timeout
         return []
 
     def recall(self, now: float, last: LastQuorum) -> list[Effect]:
-        """What members know of the last quorum, which a lighthouse that was started anew did not see."""
-        if last.generation != self.generation:
+        """What a node knows of the last quorum, which a lighthouse that was started anew did not see."""
+        if last.generation > self.generation:
             return []
+        self._unheard.discard(last.node)
+        if last.generation < self.generation or not last.members:
+            return self._all_heard(now)
         self.done = self.done or last.completed
         if self._previous is None or last.quorum_id > self._previous.quorum_id:
             self._previous = PreviousQuorum(last.quorum_id, frozenset(last.members))
             self._active = self._previous.members
             self.iteration = max(self.iteration, last.iteration)
             self.restarts = max(self.restarts, last.restarts)
-        return self.answer_if_ready(now)
+        return self._all_heard(now)
+
+    @property
+    def recalling(self) -> bool:
+        """True while this group does not know yet which iteration its members are in: it can publish no failure."""
+        return bool(self._unheard)
+
+    def _all_heard(self, now: float) -> list[Effect]:
+        if self.recalling:
+            return []
+        effects: list[Effect] = []
+        for _, request in list(self._joins.values()):
+            effects += self._unexplained(now, request)
+        return effects + self.answer_if_ready(now)
 
     def lost(self, now: float, report: MemberLost) -> list[Effect]:
         """A member is dying or dead: published once per incarnation."""
@@ -301,7 +324,7 @@ class Group:
 
         Or the answer was, with the lighthouse that gave it. The others may wait for this member in a collective.
         """
-        if self._incident is not None or request.member not in self._active:
+        if self._incident is not None or self.recalling or request.member not in self._active:
             return []
         cause = Cause(kind="exception", text="left the iteration; its report was lost on the way", communication=True)
         report = MemberFaulted(self.job, request.member, request.incarnation, self.iteration, cause, now)
@@ -339,13 +362,16 @@ class Group:
 
     @property
     def waits(self) -> bool:
-        """True while time alone may change something: somebody waits, or evidence is held."""
-        return bool(self._joins) or (self._incident is not None and not self._incident.published)
+        """True while time alone may change something: somebody waits or is to be heard, or evidence is held."""
+        return bool(self._joins) or self.recalling or (self._incident is not None and not self._incident.published)
 
     def tick(self, now: float) -> list[Effect]:
-        """What time alone completes: held evidence, join timeouts."""
+        """What time alone completes: held evidence, join timeouts, the wait for nodes that are gone."""
         incident = self._incident
         effects: list[Effect] = []
+        if self.recalling and now >= self._unheard_until:
+            self._unheard.clear()
+            effects += self._all_heard(now)
         if incident is not None and not incident.published and now >= incident.hold_until:
             effects += self._publish_held(incident)
         return effects + self.answer_if_ready(now)
@@ -353,6 +379,9 @@ class Group:
     def answer_if_ready(self, now: float) -> list[Effect]:
         """Answers the quorum as soon as its members are there."""
         if not self._joins or self.done:
+            return []
+        if self.recalling and len(self._joins) < len(self.members):
+            self.reason = "waits to hear from " + ", ".join(sorted(self._unheard)) + " what the last quorum was"
             return []
         participants = {
             member: Participant(member, waiter.since, commit_failures=request.commit_failures)
