@@ -11,7 +11,11 @@ import pytest
 
 from seamark.protocol.messages import (
     Acknowledged,
+    Cause,
     Completed,
+    EventBeat,
+    Failure,
+    FailureEvent,
     JobSpec,
     Join,
     LastQuorum,
@@ -26,6 +30,8 @@ from seamark.protocol.messages import (
     Refused,
     Roster,
     Slot,
+    Snapshot,
+    SnapshotRequest,
     StopWorkers,
     StoreAddress,
     StoreLost,
@@ -47,6 +53,7 @@ from seamarkd.agent.core import (
     StartStore,
     StartWorker,
     StopJobHere,
+    TellWorkers,
     ToCoordinator,
     ToLighthouse,
     ToWorker,
@@ -377,3 +384,44 @@ def test_the_order_of_a_coordinator_started_anew_finds_the_store_that_runs() -> 
     agent.store_started("job", STORE, 20000)
     (ready,) = to_coordinator(agent.from_coordinator(NOW, PrepareStore(5, 0, spec())), StoreReady)
     assert (ready.request, ready.store) == (5, STORE)
+
+
+# --- what the lighthouse publishes -------------------------------------------------------------------------
+
+
+def event(sequence: int, epoch: int = 1) -> FailureEvent:
+    failure = Failure(
+        "lost", "job/2", "x", 2, "there", 0, Cause(kind="signal", text="killed"), -1.0, 0.0, 0.0, "canary"
+    )
+    return FailureEvent("job", "ranks", epoch, sequence, failure)
+
+
+def snapshot(sequence: int) -> Snapshot:
+    return Snapshot(0, "job", 1, sequence, [], [], False, "")
+
+
+def test_a_failure_is_told_at_once_and_a_gap_before_it_is_asked_for() -> None:
+    agent = Bench().agent
+    assert agent.heard(event(1)) == [TellWorkers("job", event(1))]
+    told, asked = agent.heard(event(3))
+    assert (told, asked) == (TellWorkers("job", event(3)), ToLighthouse(SnapshotRequest(0, "job")))
+    assert agent.heard(snapshot(3)) == [TellWorkers("job", snapshot(3))]
+    assert agent.heard(event(4)) == [TellWorkers("job", event(4))]
+
+
+def test_an_agent_started_anew_asks_for_what_it_missed_even_if_it_heard_a_beat_before_it_had_its_workers() -> None:
+    bench = Bench()
+    agent = Agent("here", lambda: "new")
+    beat = EventBeat(1, {"job": 5}, {})
+    assert agent.heard(beat) == []
+    agent.adopt(NOW, remembered(bench), known("i0", "i1"))
+    assert agent.heard(beat) == [ToLighthouse(SnapshotRequest(0, "job"))]
+    agent.heard(snapshot(5))
+    assert agent.heard(beat) == []
+
+
+def test_events_of_a_lighthouse_that_was_replaced_are_nothing() -> None:
+    agent = Bench().agent
+    agent.heard(EventBeat(2, {}, {}))
+    assert agent.heard(event(1, epoch=1)) == []
+    assert agent.heard(event(1, epoch=2)) == [TellWorkers("job", event(1, epoch=2))]

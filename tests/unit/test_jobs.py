@@ -25,6 +25,7 @@ from seamark.protocol.messages import (
     Refused,
     Roster,
     Snapshot,
+    SnapshotRequest,
     StopJob,
     StopWorkers,
     StoreAddress,
@@ -420,7 +421,8 @@ def test_without_room_on_the_disk_new_jobs_are_refused_and_running_ones_go_on() 
     assert bench.job.process_restarts == 1
 
 
-def test_what_happened_while_it_was_away_is_learned_from_a_snapshot_once() -> None:
+@pytest.mark.parametrize("heard_live", [False, True])
+def test_what_happened_while_it_was_away_is_learned_from_a_snapshot_once(heard_live: bool) -> None:
     bench = Bench()
     bench.run()
     cause = Cause(kind="signal", status=9, text="killed")
@@ -430,6 +432,8 @@ def test_what_happened_while_it_was_away_is_learned_from_a_snapshot_once() -> No
         QuorumEvent("job", "ranks", 1, 1, 1, 0, 0, 0, [], 0.5, -1, []),
         QuorumEvent("job", "ranks", 1, 3, 2, 0, 1, 1, [], 1.5, 0, []),
     ]
+    if heard_live:
+        assert to_the_lighthouse(bench.core.from_lighthouse(2.0, quorums[1]), SnapshotRequest)
     for _ in range(2):
         bench.core.from_lighthouse(2.0, Snapshot(1, "job", 1, 3, events, quorums, False, ""))
         assert (bench.job.iteration, bench.job.restarts) == (1, 1)

@@ -22,6 +22,9 @@ from seamark.protocol.messages import (
     Cause,
     Complete,
     Completed,
+    CompletedEvent,
+    EventBeat,
+    FailureEvent,
     JobSpec,
     Join,
     LastQuorum,
@@ -32,9 +35,11 @@ from seamark.protocol.messages import (
     Message,
     PrepareStore,
     QuorumAnswer,
+    QuorumEvent,
     QuorumReset,
     Refused,
     Roster,
+    Snapshot,
     SnapshotRequest,
     StopWorkers,
     StoreAddress,
@@ -49,6 +54,7 @@ from seamark.protocol.messages import (
     WorkersStopped,
     WorkerStarted,
 )
+from seamarkd.cursor import EventCursor
 from seamarkd.exits import ABORT_EXIT_CODE, exit_cause
 
 RESEND_INTERVAL = 0.5
@@ -75,6 +81,14 @@ class ToWorker:
 
     incarnation: str
     message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class TellWorkers:
+    """Send to all workers of a job that listen; to those that can't be reached yet, as soon as they can."""
+
+    job: str
+    message: FailureEvent | Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +149,7 @@ Effect: TypeAlias = (
     ToLighthouse
     | ToCoordinator
     | ToWorker
+    | TellWorkers
     | StartWorker
     | SignalWorker
     | StartStore
@@ -207,6 +222,7 @@ class Agent:
         self._new_incarnation = new_incarnation
         self._request = 0
         self._reports: dict[int, Report] = {}
+        self._cursor = EventCursor()
 
     # --- from the coordinator ------------------------------------------------------------------------------
 
@@ -543,6 +559,24 @@ class Agent:
             # Sticky: a worker that ends now must not be taken for lost by an agent started anew.
             effects.append(Remember(job.name))
         return [*effects, *(ToWorker(one.incarnation, message) for one in message.recipients)]
+
+    def heard(self, message: FailureEvent | QuorumEvent | CompletedEvent | EventBeat | Snapshot) -> list[Effect]:
+        """What follows from what the lighthouse publishes: failures go to the workers at once, gaps are filled."""
+        if self._cursor.turn(message.epoch) == "old":
+            return []
+        if isinstance(message, EventBeat):
+            behind = self._cursor.behind(message.latest)
+            return [ToLighthouse(SnapshotRequest(0, job)) for job in behind if job in self.jobs]
+        if message.job not in self.jobs:
+            return []
+        effects: list[Effect] = []
+        if isinstance(message, FailureEvent | Snapshot):
+            effects.append(TellWorkers(message.job, message))
+        if not isinstance(message, Snapshot) and message.sequence > self._cursor.position(message.job) + 1:
+            effects.append(ToLighthouse(SnapshotRequest(0, message.job)))
+        else:
+            self._cursor.advance(message.job, message.sequence)
+        return effects
 
     def registered(self, now: float) -> list[Effect]:
         """The lighthouse is a new one, or new to us: tell what it has to know, and repeat what it may not know."""

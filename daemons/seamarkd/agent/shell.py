@@ -43,6 +43,7 @@ from seamarkd.agent.core import (
     StartStore,
     StartWorker,
     StopJobHere,
+    TellWorkers,
     ToCoordinator,
     ToLighthouse,
     ToWorker,
@@ -141,8 +142,6 @@ class AgentShell:
         self._kept: dict[str, Kept] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._beats = 0
-        self._sequences: dict[str, int] = {}
-        self._lighthouse_epoch = -1
         self._untold: set[str] = set()
         self._hello = NodeHello(node, self._incarnation, self.address, slots)
         self._workers = Channel(make_socket(context, zmq.ROUTER), self._on_worker)
@@ -264,8 +263,7 @@ class AgentShell:
             case Welcome():
                 self._perform(self.core.registered(time.monotonic()))
             case Snapshot():
-                self._sequences[message.job] = message.sequence
-                self._tell_workers(message.job, message)
+                self._perform(self.core.heard(message))
             case _:
                 self._perform(self.core.from_lighthouse(time.monotonic(), message))
 
@@ -279,28 +277,7 @@ class AgentShell:
 
     def _on_event(self, topic: bytes, message: Message) -> None:
         if isinstance(message, FailureEvent | QuorumEvent | CompletedEvent | EventBeat):
-            if message.epoch < self._lighthouse_epoch:
-                return
-            if message.epoch > self._lighthouse_epoch:
-                # Another lighthouse counts anew; what it published before this was heard, a snapshot tells.
-                self._lighthouse_epoch = message.epoch
-                self._sequences = dict.fromkeys(self.core.jobs, 0)
-        match message:
-            case FailureEvent() | QuorumEvent() | CompletedEvent():
-                if message.job not in self.core.jobs:
-                    return
-                seen = self._sequences.get(message.job, message.sequence - 1)
-                self._sequences[message.job] = max(seen, message.sequence)
-                if message.sequence > seen + 1:
-                    self._lighthouse.send(SnapshotRequest(0, message.job))
-                if isinstance(message, FailureEvent):
-                    self._tell_workers(message.job, message)
-            case EventBeat():
-                for job, latest in message.latest.items():
-                    if job in self.core.jobs and latest > self._sequences.get(job, latest):
-                        self._lighthouse.send(SnapshotRequest(0, job))
-            case _:
-                pass
+            self._perform(self.core.heard(message))
 
     def _tell_workers(self, job: str, message: Message) -> None:
         for incarnation in self.core.listening(job):
@@ -319,6 +296,8 @@ class AgentShell:
                     self._coordinator.send(message)
                 case ToWorker(incarnation, message):
                     self._workers.send(message, incarnation.encode())
+                case TellWorkers(job, message):
+                    self._tell_workers(job, message)
                 case StartWorker():
                     self._spawn(self._start_worker(effect))
                 case SignalWorker(job, _, incarnation, signum):

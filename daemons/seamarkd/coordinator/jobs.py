@@ -56,6 +56,7 @@ from seamark.protocol.messages import (
 from seamarkd.coordinator.budget import RestartBudget
 from seamarkd.coordinator.incidents import IncidentLog
 from seamarkd.coordinator.placement import larger_than, place, refusal
+from seamarkd.cursor import EventCursor
 from seamarkd.effects import Send
 from seamarkd.exits import ABORT_EXIT_CODE, exit_cause
 
@@ -180,7 +181,6 @@ class Job:
     request: int = 0
     roster_request: int = 0
     roster_due: float = 0.0
-    sequence: int = 0
     exited: dict[str, str] = field(default_factory=dict)
     """By member: the last incarnation whose exit was taken into account."""
     stop_until: float = 0.0
@@ -210,7 +210,7 @@ class Coordinator:
         self.trouble = ""
         """Why nothing can be made durable just now; new jobs are refused with it."""
         self._request = epoch << REQUEST_SHIFT
-        self._lighthouse_epoch = -1
+        self._cursor = EventCursor()
         self._handlers: dict[type[Message], Callable[[float, bytes, Any], list[Effect]]] = {
             NodeHello: self._hello,
             Beat: self._beat,
@@ -341,7 +341,6 @@ class Coordinator:
     def _lighthouse_is_new(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for job in self.jobs.values():
-            job.sequence = 0
             if job.state in ("STARTING", "RUNNING") and job.store.port:
                 effects += self._announce(now, job)
                 effects.append(ToLighthouse(SnapshotRequest(self._next(), job.spec.name)))
@@ -472,10 +471,10 @@ class Coordinator:
         """What follows from an answer or an event of the lighthouse."""
         effects: list[Effect] = []
         if isinstance(message, FailureEvent | QuorumEvent | CompletedEvent | EventBeat | Snapshot):
-            if message.epoch < self._lighthouse_epoch:
+            turn = self._cursor.turn(message.epoch)
+            if turn == "old":
                 return []
-            if message.epoch > self._lighthouse_epoch:
-                self._lighthouse_epoch = message.epoch
+            if turn == "new":
                 effects += self._lighthouse_is_new(now)
         match message:
             case Acknowledged():
@@ -494,12 +493,14 @@ class Coordinator:
         return effects
 
     def _in_order(self, job: Job, event: FailureEvent | QuorumEvent | CompletedEvent) -> list[Effect]:
-        missed = event.sequence > job.sequence + 1
-        job.sequence = max(job.sequence, event.sequence)
-        effects = self._event(job, event)
-        if missed:
-            effects.append(ToLighthouse(SnapshotRequest(self._next(), job.spec.name)))
-        return effects
+        """An event after a gap waits for the snapshot that fills it: a quorum closes the incident of its failure."""
+        position = self._cursor.position(event.job)
+        if event.sequence <= position:
+            return []
+        if event.sequence > position + 1:
+            return [ToLighthouse(SnapshotRequest(self._next(), event.job))]
+        self._cursor.advance(event.job, event.sequence)
+        return self._event(job, event)
 
     def _event(self, job: Job, event: FailureEvent | QuorumEvent | CompletedEvent) -> list[Effect]:
         match event:
@@ -512,15 +513,15 @@ class Coordinator:
         return []
 
     def _missed(self, beat: EventBeat) -> list[Effect]:
-        behind = [job for name, job in self.jobs.items() if beat.latest.get(name, 0) > job.sequence]
-        return [ToLighthouse(SnapshotRequest(self._next(), job.spec.name)) for job in behind]
+        behind = [job for job in self._cursor.behind(beat.latest) if job in self.jobs]
+        return [ToLighthouse(SnapshotRequest(self._next(), job)) for job in behind]
 
     def _caught_up(self, snapshot: Snapshot) -> list[Effect]:
         """Events that went past while this daemon, or its connection, was away; those seen before change nothing."""
         job = self.jobs.get(snapshot.job)
         if job is None or job.state in ENDED:
             return []
-        job.sequence = max(job.sequence, snapshot.sequence)
+        self._cursor.advance(snapshot.job, snapshot.sequence)
         effects: list[Effect] = []
         events: list[FailureEvent | QuorumEvent] = [*snapshot.failures, *snapshot.quorums]
         for event in sorted(events, key=lambda one: one.sequence):
