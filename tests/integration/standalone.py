@@ -47,25 +47,36 @@ class Run:
         name: str = "job",
         script: Path = TRAINING,
         arguments: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
     ) -> None:
         self.home = home
         self.out = home / "out"
         self.name = name
         self.env = env
         home.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "seamarkd.cli", "run", "--name", self.name, *options, str(script)]
+        command = [*prefix, sys.executable, "-m", "seamarkd.cli", "run", "--name", self.name, *options, str(script)]
         if script == TRAINING:
             command += ["--out", str(self.out)]
+        self._read: dict[int, tuple[int, list[dict[str, Any]]]] = {}
         self.output = (home / "output").open("w+")
         self.process = subprocess.Popen(
             [*command, *arguments], env=self.env, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
         )
 
     def reports(self, rank: int) -> list[dict[str, Any]]:
+        """What the rank has said so far; read on from where the last call ended, for it is asked often."""
         path = self.out / f"rank_{rank}.jsonl"
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        position, reports = self._read.get(rank, (0, []))
+        with path.open("rb") as file:
+            file.seek(position)
+            whole, _, _ = file.read().rpartition(b"\n")
+        if whole:
+            reports += [json.loads(line) for line in whole.splitlines()]
+            position += len(whole) + 1
+        self._read[rank] = position, reports
+        return reports
 
     def latest(self, rank: int, event: str, **fields: Any) -> dict[str, Any] | None:
         for report in reversed(self.reports(rank)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,9 +20,6 @@ from standalone import Run, descendants_of, wait_for
 from seamarkd.cli.status import ask, assess
 from seamarkd.cli.supervisor import Program, Supervisor
 from seamarkd.settings import load
-
-AGENTS = 2
-SLOTS = 2
 
 
 def free_ports(count: int) -> list[int]:
@@ -41,10 +39,18 @@ def free_ports(count: int) -> list[int]:
 
 
 class Suite:
-    """Two agents with two slots each, a lighthouse and a coordinator."""
+    """A lighthouse, a coordinator, and agents of one host.
 
-    def __init__(self, home: Path) -> None:
+    Args:
+        home: its directories go here; short, for the path of a Unix socket has 107 bytes at most.
+        agents, slots: how many agents, and worker places of each.
+        prefix: what its commands are run by, such as nsenter.
+    """
+
+    def __init__(self, home: Path, *, agents: int = 2, slots: int = 2, prefix: tuple[str, ...] = ()) -> None:
         self.home = home
+        self.agents = agents
+        self.prefix = prefix
         home.mkdir(parents=True, exist_ok=True)
         lighthouse, events, coordinator = free_ports(3)
         self.env = {
@@ -55,14 +61,14 @@ class Suite:
             "SEAMARK_LIGHTHOUSE_EVENTS": f"tcp://127.0.0.1:{events}",
             "SEAMARK_COORDINATOR_ADDRESS": f"tcp://127.0.0.1:{coordinator}",
             "SEAMARK_AGENT_NODE": "host",
-            "SEAMARK_AGENT_SLOTS": str(SLOTS),
+            "SEAMARK_AGENT_SLOTS": str(slots),
         }
         self.state = home / "state" / "seamark"
 
     def command(self, *arguments: str, code: int | None = 0) -> str:
         """What ``seamark`` prints; it has to exit with this code, with any if None."""
         done = subprocess.run(
-            [sys.executable, "-m", "seamarkd.cli", *arguments],
+            [*self.prefix, sys.executable, "-m", "seamarkd.cli", *arguments],
             env=self.env,
             capture_output=True,
             text=True,
@@ -76,10 +82,10 @@ class Suite:
         return done.stdout + done.stderr
 
     def up(self) -> None:
-        self.command("up", "--agents", str(AGENTS))
+        self.command("up", "--agents", str(self.agents))
 
     def run(self, home: Path, *options: str, **more: Any) -> Run:
-        return Run(home, *options, env=self.env, **more)
+        return Run(home, *options, env=self.env, prefix=self.prefix, **more)
 
     def status(self) -> dict[str, Any]:
         """What ``seamark status --json`` prints, whatever its exit code."""
@@ -111,6 +117,41 @@ class Suite:
 
         wait_for(f"another {', '.join(names)}", replaced)
 
+    @contextmanager
+    def without(self, *names: str) -> Iterator[None]:
+        """These daemons are killed and stay away until the block ends, for supervisord is stopped meanwhile."""
+        programs = self.programs()
+        supervisord = self.supervisord()
+        supervisord.suspend()
+        try:
+            for name in names:
+                os.kill(programs[name].pid, signal.SIGKILL)
+            yield
+        finally:
+            supervisord.resume()
+        self.wait_healthy()
+
+    def problems(self) -> str:
+        """What ``seamark status`` finds wrong, a line for each; its exit code has to agree."""
+        status = self.status()
+        assert bool(status["problems"]) == bool(status["code"])
+        return "\n".join(status["problems"])
+
+    def kill_everything(self) -> None:
+        """kill -9 of all daemons and of supervisord; returns once nothing of them is left."""
+        programs = self.programs()
+        supervisord = self.supervisord()
+        supervisord.kill()
+        for program in programs.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(program.pid, signal.SIGKILL)
+        wait_for("them to end", lambda: not any(Path(f"/proc/{program.pid}").exists() for program in programs.values()))
+        self.command("status", code=2)
+
+    def follow(self, *arguments: str) -> Following:
+        """A ``seamark`` command that goes on until it is closed and prints a JSON object per line."""
+        return Following(self, arguments)
+
     def supervisord(self) -> psutil.Process:
         return psutil.Process(int((self.home / "run" / "seamark" / "supervisord.pid").read_text()))
 
@@ -120,10 +161,28 @@ class Suite:
         )
 
 
+class Following:
+    """A command in the background, and what it prints."""
+
+    def __init__(self, suite: Suite, arguments: tuple[str, ...]) -> None:
+        self.output = (suite.home / "followed").open("w+")
+        command = [sys.executable, "-m", "seamarkd.cli", *arguments]
+        self.process = subprocess.Popen(command, env=suite.env, stdout=self.output)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Ends it by Ctrl-C; what it printed."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(30.0)
+        self.output.seek(0)
+        lines = [json.loads(line) for line in self.output]
+        self.output.close()
+        return lines
+
+
 @contextmanager
-def suite(home: Path) -> Iterator[Suite]:
+def suite(home: Path, **more: Any) -> Iterator[Suite]:
     """A suite that leaves nothing behind."""
-    made = Suite(home)
+    made = Suite(home, **more)
     try:
         made.up()
         yield made

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from standalone import EVERY, STEPS, Run, wait_for
+from standalone import EVERY, Run, standalone, wait_for
 from suite import Suite, suite
 
 pytestmark = pytest.mark.suite
 
 TWO_BY_TWO = ("--nnodes", "2", "--nproc-per-node", "2")
 ROUNDS = int(os.environ.get("SEAMARK_DAEMON_KILLS", "1"))
-"""The proof is 20: ``SEAMARK_DAEMON_KILLS=20 scripts/test.sh -k daemons_are_killed``."""
+"""The proof is 20: ``SEAMARK_DAEMON_KILLS=20 scripts/test.sh --timeout 3600 -k outlives_its_daemons``."""
 COORDINATOR_KILLS = int(os.environ.get("SEAMARK_COORDINATOR_KILLS", "5"))
 """The proof is 100: ``SEAMARK_COORDINATOR_KILLS=100 scripts/test.sh -k random_moments``."""
 
@@ -36,11 +36,11 @@ def pids(run: Run) -> list[set[int]]:
     return [{report["pid"] for report in run.reports(rank)} for rank in range(4)]
 
 
-def moves_on(run: Run) -> None:
-    """Waits until every rank has done ten further steps, in the iteration it was in."""
+def moves_on(run: Run, steps: int = 10) -> None:
+    """Waits until every rank has done so many further steps, in the iteration it was in."""
     before = [run.reports(rank)[-1] for rank in range(4)]
     for rank, report in enumerate(before):
-        run.wait_step(rank, report["step"] + 10, report["iteration"])
+        run.wait_step(rank, report["step"] + steps, report["iteration"])
 
 
 def job_of(cluster: Suite, name: str) -> dict[str, Any]:
@@ -48,21 +48,33 @@ def job_of(cluster: Suite, name: str) -> dict[str, Any]:
     return dict(job)
 
 
-def test_daemons_are_killed_one_by_one_and_together(cluster: Suite, tmp_path: Path) -> None:
-    """No worker is touched, none is declared dead; a rank that dies while a daemon is away is replaced as ever."""
-    arguments = ("--steps", "1000000", "--every", str(EVERY), "--pause", "0.01")
+AWAY = (
+    (["agent-0"], "node host: agent down"),
+    (["coordinator"], "the coordinator is unreachable"),
+    (["agent-1", "lighthouse"], "the lighthouse is unreachable"),
+)
+"""Daemons, and what ``seamark status`` says while they are away."""
+
+
+def test_training_outlives_its_daemons_and_ends_the_same(
+    cluster: Suite, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whichever of them is away: no worker is touched, a rank that dies is replaced, and nothing of the job is lost."""
+    until = tmp_path / "until"
+    arguments = ("--steps", "1000000", "--until", str(until), "--every", str(EVERY), "--pause", "0.03")
     run = cluster.run(tmp_path, *TWO_BY_TWO, "--max-restarts", "1000", name="killed", arguments=arguments)
-    culprits = []
+    events = cluster.follow("events", "killed", "--follow", "--json")
+    culprits: list[int] = []
     iteration = 0
     try:
         for rank in range(4):
             run.wait_step(rank, 5, 0)
         for _ in range(ROUNDS):
-            for names in (["agent-0"], ["coordinator"], ["agent-1", "lighthouse"]):
+            for names, sentence in AWAY:
                 before = pids(run)
-                cluster.kill(*names)
-                cluster.wait_healthy()
-                moves_on(run)
+                with cluster.without(*names):
+                    wait_for(sentence, lambda sentence=sentence: sentence in cluster.problems())
+                    moves_on(run)
                 assert pids(run) == before, names
                 job = job_of(cluster, "killed")
                 assert (job["iteration"], job["restarts"], job["alive"]) == (iteration, iteration, 4), names
@@ -73,15 +85,41 @@ def test_daemons_are_killed_one_by_one_and_together(cluster: Suite, tmp_path: Pa
                 culprits.append(victim)
                 iteration = wait_for("a later iteration", lambda before=iteration: _later_iteration(run, before))
                 cluster.wait_healthy()
-        failures = [failure for one in run.incidents() for failure in one["failures"]]
+            before = pids(run)
+            cluster.kill_everything()
+            moves_on(run, steps=100)
+            cluster.up()
+            cluster.wait_healthy()
+            assert pids(run) == before
+        culprits.append(0)
+        run.kill(0)
+        wait_for("a later iteration", lambda: _later_iteration(run, iteration))
+        end = max(run.reports(rank)[-1]["step"] for rank in range(4)) + 20
+        (tmp_path / "end").write_text(str(end))
+        (tmp_path / "end").rename(until)
+        assert run.finish() == 0, run.text() + run.logs() + cluster.logs()
+        incidents = run.incidents()
+        # Gloo may forget to wake a survivor (docs/operations.md): then that is replaced, too.
+        stuck = [one for incident in incidents for one in incident["consequences"] if one["cause"]["kind"] == "stuck"]
+        job = job_of(cluster, "killed")
+        assert (job["state"], job["process_restarts"]) == ("SUCCEEDED", len(culprits) + len(stuck))
+        failures = [failure for incident in incidents for failure in incident["failures"]]
         assert [failure["rank"] for failure in failures if failure["kind"] == "lost"] == culprits
         # While its agent is away, or an answer was lost with the lighthouse, the others' broken connections tell.
         assert all(failure["cause"]["communication"] for failure in failures if failure["kind"] == "faulted")
-        job = job_of(cluster, "killed")
-        assert (job["iteration"], job["process_restarts"]) == (iteration, len(culprits))
     finally:
         run.close()
-    assert run.process.returncode == 143
+        published = events.close()
+    quorums = [(one["quorum_id"], one["iteration"]) for one in published if "quorum_id" in one]
+    assert len(quorums) > len(culprits)
+    assert quorums == sorted(set(quorums)), "quorum ids and iterations only grow"
+    resumed = [report for report in run.reports(1) if report["event"] == "resumed"]
+    assert all(report["step"] > 0 for report in resumed[1:])
+    arguments = ("--steps", str(end), "--every", str(EVERY))
+    with standalone(tmp_path_factory.mktemp("u"), "--nproc-per-node", "4", arguments=arguments) as undisturbed:
+        assert undisturbed.finish() == 0, undisturbed.text()
+        assert undisturbed.incidents() == []
+    assert run.digests() == undisturbed.digests()
 
 
 def _later_iteration(run: Run, before: int) -> int | None:
@@ -94,31 +132,6 @@ def _later_iteration(run: Run, before: int) -> int | None:
     if len(iterations) > 1 or latest <= before:
         return None
     return latest if all(run.latest(rank, "step", iteration=latest) for rank in range(4)) else None
-
-
-def test_all_daemons_and_supervisord_are_killed_and_training_ends_the_same(
-    cluster: Suite, tmp_path: Path, undisturbed: str
-) -> None:
-    arguments = ("--steps", str(STEPS), "--every", str(EVERY), "--pause", "0.1")
-    run = cluster.run(tmp_path, *TWO_BY_TWO, name="unsupervised", arguments=arguments)
-    try:
-        run.wait_step(0, STEPS // 5, 0)
-        cluster.kill("lighthouse", "coordinator", "agent-0", "agent-1")
-        daemons = [program.pid for program in cluster.programs().values()]
-        cluster.supervisord().kill()
-        wait_for("its daemons to end with it", lambda: not any(Path(f"/proc/{pid}").exists() for pid in daemons))
-        assert "unreachable" in cluster.command("status", code=2)
-        moves_on(run)
-        cluster.up()
-        assert [len(one) for one in pids(run)] == [1] * 4
-        run.kill(2)
-        assert run.finish() == 0, run.text() + run.logs() + cluster.logs()
-        assert run.digests() == {undisturbed}
-        resumed = [report for report in run.reports(0) if report["event"] == "resumed"]
-        assert [(one["iteration"], one["step"] > 0) for one in resumed] == [(0, False), (1, True)]
-        assert [one["failures"][0]["rank"] for one in run.incidents()] == [2]
-    finally:
-        run.close()
 
 
 def test_a_fault_in_one_job_is_invisible_in_the_other(cluster: Suite, tmp_path: Path) -> None:

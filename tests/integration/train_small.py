@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -33,6 +34,7 @@ parser.add_argument("--raise-at", default="", help="RANK:STEP")
 parser.add_argument("--init-pause", type=int, default=0, help="iterations in which rank 3 never joins the group")
 parser.add_argument("--raise-in", type=int, nargs=2, default=(0, 0), help="iterations in which rank 1 raises soon")
 parser.add_argument("--counts", action="store_true", help="report threads and descriptors at each step")
+parser.add_argument("--until", type=Path, help="once this file is there, the last step is the number in it")
 parser.add_argument("--timeout", type=float, default=1800.0, help="of the process group, in seconds")
 options = parser.parse_args()
 options.out.mkdir(parents=True, exist_ok=True)
@@ -41,6 +43,12 @@ log = (options.out / f"rank_{os.environ['RANK']}.jsonl").open("a", buffering=1)
 
 def say(**fields: Any) -> None:
     log.write(json.dumps({"at": time.monotonic(), "pid": os.getpid(), **fields}) + "\n")
+
+
+def last_step() -> int:
+    if options.until is not None and options.until.exists():
+        return int(options.until.read_text())
+    return int(options.steps)
 
 
 def digest(model: nn.Module) -> str:
@@ -70,7 +78,9 @@ def train(call: seamark.CallWrapper) -> str:
         optimizer.load_state_dict(state["optimizer"])
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     say(event="resumed", iteration=call.iteration, rank=rank, step=resumed, sha256=digest(model))
-    for step in range(resumed + 1, options.steps + 1):
+    for step in itertools.count(resumed + 1):
+        if step > last_step():
+            break
         until = time.monotonic() + options.pause
         if options.raise_at == f"{rank}:{step}" and call.iteration == 0:
             raise ValueError("asked to fail")
