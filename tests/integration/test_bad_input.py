@@ -69,7 +69,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        options = ("--master-port", str(port - 2))
+        options = (*TORCH, "--master-port", str(port - 2))
         with standalone(tmp_path, *options, script=script(tmp_path, "print('never')")) as run:
             assert run.finish() == 1
             assert f"port {port - 2} or {port} on 127.0.0.1 is in use" in run.text()
@@ -152,11 +152,31 @@ def test_restart_abort_ends_the_job(tmp_path: Path) -> None:
         assert "the data is poisoned" in run.text()
 
 
+ENDLESS = """
+import os, pathlib, seamark
+import torch, torch.distributed as dist
+@seamark.Wrapper()
+def train(call: seamark.CallWrapper):
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    pathlib.Path(__file__).with_name(f"pid-{call.state.rank}").write_text(str(os.getpid()))
+    while True:
+        dist.all_reduce(torch.ones(1))
+train()
+"""
+
+
+def wait_for_collectives(tmp_path: Path) -> list[int]:
+    """Waits until both ranks of ``ENDLESS`` have done one; their process ids."""
+    paths = [tmp_path / f"pid-{rank}" for rank in range(2)]
+    wait_for("both ranks", lambda: all(path.is_file() and path.read_text() for path in paths))
+    return [int(path.read_text()) for path in paths]
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_leaves_nothing_behind(tmp_path: Path, signum: int, code: int) -> None:
-    arguments = ("--steps", "1000000")
-    with standalone(tmp_path, "--nproc-per-node", "2", arguments=arguments) as run:
-        run.wait_step(0, 1, 0)
+    with standalone(tmp_path, *TORCH, "--nproc-per-node", "2", script=script(tmp_path, ENDLESS)) as run:
+        wait_for_collectives(tmp_path)
         run.process.send_signal(signum)
         assert run.finish() == code, run.text()
 
@@ -171,10 +191,9 @@ def test_stopping_while_the_keeper_still_imports_leaves_nothing_behind(tmp_path:
 
 
 def test_a_killed_run_takes_its_workers_with_it(tmp_path: Path) -> None:
-    run = Standalone(tmp_path, "--nproc-per-node", "2", arguments=("--steps", "1000000"))
+    run = Standalone(tmp_path, *TORCH, "--nproc-per-node", "2", script=script(tmp_path, ENDLESS))
     try:
-        run.wait_step(0, 1, 0)
-        pids = [run.pid(rank) for rank in range(2)]
+        pids = wait_for_collectives(tmp_path)
         run.process.kill()
         wait_for("its workers to end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
     finally:

@@ -58,7 +58,7 @@ def test_two_hosts_up_a_job_across_both_and_down(tmp_path_factory: pytest.TempPa
             script(str(SCRIPTS / "cluster-up.sh"), str(home / "hostfile"))
         ports = {"LIGHTHOUSE_ADDRESS": 29710, "LIGHTHOUSE_EVENTS": 29711, "COORDINATOR_ADDRESS": 29712}
         suite = " ".join(f"SEAMARK_{name}=tcp://{head}:{port}" for name, port in ports.items())
-        run = f"env {suite} seamark run --nnodes 2 --preload none {home}/script.py"
+        run = f"env {suite} seamark run --nnodes 2 --preload numpy,torch,torch.distributed {home}/script.py"
         script("ssh", head, run)
         assert [(home / str(rank)).read_text() for rank in range(2)] == ["2 first", "2 second"]
     finally:

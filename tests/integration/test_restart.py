@@ -33,17 +33,33 @@ def check_end(run: Standalone, undisturbed: str, *, iterations: int) -> list[dic
     return incidents
 
 
-def test_kill_of_rank_0_of_another_and_of_two_at_once(tmp_path: Path, undisturbed: str) -> None:
+def test_kills_of_rank_0_of_another_of_two_at_once_an_exception_and_the_end_of_the_store(
+    tmp_path: Path, undisturbed: str
+) -> None:
     killed = [(0,), (2,), (1, 3)]
-    with standalone(tmp_path, *FOUR, arguments=PACE) as run:
+    raised, store_lost = 4, 5
+    at = [(iteration + 1) * STEPS // 6 for iteration in range(store_lost)]
+    arguments = (*PACE, "--raise-at", f"2:{at[raised - 1]}", "--raise-during", str(raised - 1))
+    with standalone(tmp_path, *FOUR, "--max-restarts", "10", arguments=arguments) as run:
         for iteration, ranks in enumerate(killed):
-            run.wait_step(0, (iteration + 1) * STEPS // 4, iteration)
+            run.wait_step(0, at[iteration], iteration)
             run.kill(*ranks)
-        incidents = check_end(run, undisturbed, iterations=len(killed))
-    for incident, ranks in zip(incidents, killed, strict=True):
+        run.wait_step(1, at[store_lost - 1], raised)
+        before = [run.pid(rank) for rank in range(4)]
+        (store,) = [process for process in run.keeper().children() if "torch.distributed.TCPStore" in process.cmdline()]
+        store.kill()
+        incidents = check_end(run, undisturbed, iterations=store_lost)
+        assert [run.pid(rank) for rank in range(4)] == before, "the end of the store restarts nobody's process"
+        pids = {report["pid"] for rank in range(4) for report in run.reports(rank)}
+    assert len(pids) == 4 + sum(map(len, killed)), "nor does an exception"
+    for incident, ranks in zip(incidents, killed, strict=False):
         assert {failure["rank"] for failure in incident["failures"]} == set(ranks)
         assert {(failure["kind"], failure["cause"]["status"]) for failure in incident["failures"]} == {("lost", 9)}
         assert set(incident["stamps"]) == {f"job/{rank}" for rank in range(4)}
+    exception, store_end = (incident["failures"][0] for incident in incidents[len(killed) :])
+    assert (exception["rank"], exception["kind"]) == (2, "faulted")
+    assert exception["cause"]["text"].startswith("ValueError: asked to fail")
+    assert store_end["cause"]["kind"] == "store"
 
 
 def test_kill_of_two_shortly_after_each_other_swept(tmp_path: Path, undisturbed: str) -> None:
@@ -85,20 +101,6 @@ def test_kill_while_the_others_are_in_init_process_group(tmp_path: Path, undistu
     assert [[failure["rank"] for failure in incident["failures"]] for incident in incidents] == [[1], [3]]
 
 
-def test_an_exception_on_one_rank_and_the_end_of_the_store(tmp_path: Path, undisturbed: str) -> None:
-    with standalone(tmp_path, *FOUR, arguments=(*PACE, "--raise-at", f"2:{STEPS // 3}")) as run:
-        run.wait_step(1, 2 * STEPS // 3, 1)
-        (store,) = [process for process in run.keeper().children() if "torch.distributed.TCPStore" in process.cmdline()]
-        store.kill()
-        incidents = check_end(run, undisturbed, iterations=2)
-        pids = {report["pid"] for rank in range(4) for report in run.reports(rank)}
-    assert len(pids) == 4, "neither restarts anybody's process"
-    raised, lost = (incident["failures"][0] for incident in incidents)
-    assert (raised["rank"], raised["kind"]) == (2, "faulted")
-    assert raised["cause"]["text"].startswith("ValueError: asked to fail")
-    assert lost["cause"]["kind"] == "store"
-
-
 def test_a_function_that_fails_at_once_on_all_ranks_again_and_again(tmp_path: Path) -> None:
     """Interrupts arrive while groups are made and their hooks hold locks, and nothing stays locked or half-made."""
     script = tmp_path / "fails.py"
@@ -111,7 +113,7 @@ def test_a_function_that_fails_at_once_on_all_ranks_again_and_again(tmp_path: Pa
         "        raise ValueError('asked to fail')\n"
         "train()\n"
     )
-    with standalone(tmp_path, *FOUR, script=script) as run:
+    with standalone(tmp_path, *FOUR, "--preload", "numpy,torch,torch.distributed", script=script) as run:
         assert run.finish() == 0, run.text() + run.logs()
         culprits = {
             first["cause"]["text"].splitlines()[0] for first, *_ in (one["failures"] for one in run.incidents())

@@ -36,7 +36,7 @@ def pids(run: Run) -> list[set[int]]:
     return [{report["pid"] for report in run.reports(rank)} for rank in range(4)]
 
 
-def moves_on(run: Run, steps: int = 10) -> None:
+def moves_on(run: Run, steps: int = 5) -> None:
     """Waits until every rank has done so many further steps, in the iteration it was in."""
     before = [run.reports(rank)[-1] for rank in range(4)]
     for rank, report in enumerate(before):
@@ -61,7 +61,7 @@ def test_training_outlives_its_daemons_and_ends_the_same(
 ) -> None:
     """Whichever of them is away: no worker is touched, a rank that dies is replaced, and nothing of the job is lost."""
     until = tmp_path / "until"
-    arguments = ("--steps", "1000000", "--until", str(until), "--every", str(EVERY), "--pause", "0.03")
+    arguments = ("--steps", "1000000", "--until", str(until), "--every", str(EVERY), "--pause", "0.08")
     run = cluster.run(tmp_path, *TWO_BY_TWO, "--max-restarts", "1000", name="killed", arguments=arguments)
     events = cluster.follow("events", "killed", "--follow", "--json")
     culprits: list[int] = []
@@ -87,7 +87,7 @@ def test_training_outlives_its_daemons_and_ends_the_same(
                 cluster.wait_healthy()
             before = pids(run)
             cluster.kill_everything()
-            moves_on(run, steps=100)
+            moves_on(run, steps=40)
             cluster.up()
             cluster.wait_healthy()
             assert pids(run) == before

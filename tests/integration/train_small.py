@@ -1,7 +1,7 @@
 """A tiny DDP training whose end is comparable bit by bit, and which says on the way what it does.
 
 Each rank appends a JSON line per event to ``<out>/rank_<initial rank>.jsonl``: entered, step, done. Faults are asked
-for by the test from outside (kill) or by ``--raise-at RANK:STEP`` (an exception, in iteration 0 only).
+for by the test from outside (kill) or by ``--raise-at RANK:STEP`` (an exception, in one iteration only).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ parser.add_argument("--every", type=int, default=10)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--pause", type=float, default=0.0, help="seconds each step takes at least")
 parser.add_argument("--raise-at", default="", help="RANK:STEP")
+parser.add_argument("--raise-during", type=int, default=0, help="the iteration in which --raise-at is obeyed")
 parser.add_argument("--init-pause", type=int, default=0, help="iterations in which rank 3 never joins the group")
 parser.add_argument("--raise-in", type=int, nargs=2, default=(0, 0), help="iterations in which rank 1 raises soon")
 parser.add_argument("--counts", action="store_true", help="report threads and descriptors at each step")
@@ -82,7 +83,7 @@ def train(call: seamark.CallWrapper) -> str:
         if step > last_step():
             break
         until = time.monotonic() + options.pause
-        if options.raise_at == f"{rank}:{step}" and call.iteration == 0:
+        if options.raise_at == f"{rank}:{step}" and call.iteration == options.raise_during:
             raise ValueError("asked to fail")
         if rank == 1 and step == resumed + 10 and options.raise_in[0] <= call.iteration < options.raise_in[1]:
             raise ValueError("asked to fail soon")

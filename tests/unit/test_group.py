@@ -502,6 +502,20 @@ def test_a_node_that_is_never_heard_is_not_waited_for_for_ever(of_two_nodes: Ben
     assert not of_two_nodes.group.recalling
 
 
+def test_a_loss_that_is_heard_after_its_replacement_is_in_a_quorum_ends_no_iteration(anew: Bench) -> None:
+    announce(anew, 0, 1, 3)
+    anew.incarnations["job/2"] = "job/2#1"
+    announce(anew, 2)
+    anew.do(anew.group.recall(anew.now, recall(6)))
+    anew.join(0, 1, 2, 3)
+    assert [one.iteration for one in anew.published(QuorumEvent)] == [7]
+    lost = MemberLost(0, "job", 0, "job/2", "job/2#0", KILLED, -1.0, anew.now, "canary", "job/2#1")
+    anew.do(anew.group.lost(anew.now, lost))
+    anew.now += EVIDENCE_WINDOW
+    anew.do(anew.group.tick(anew.now))
+    assert [one.failure.iteration for one in anew.published(FailureEvent)] == [6], "only the join was unexplained"
+
+
 def test_an_announcement_that_arrives_after_the_loss_raises_nobody(running: Bench) -> None:
     first = running.incarnations["job/2"]
     running.lose(2)

@@ -136,7 +136,8 @@ class Lighthouse:
         if group is None:
             return [Send(route, _unknown_job(report.request, report.job))]
         if group.recalling and isinstance(report, MemberLost | StoreLost):
-            # Not acknowledged, so it will be repeated: the nodes have yet to say which iteration it ends.
+            # Not acknowledged, so that it is repeated to whoever knows which iteration it ends.
+            group.defer(report)
             return []
         match report:
             case MemberStarted():

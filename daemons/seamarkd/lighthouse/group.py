@@ -132,6 +132,7 @@ class Group:
         self._incident: Incident | None = None
         self._unheard: set[str] = set()
         self._unheard_until = 0.0
+        self._deferred: dict[str, MemberLost | StoreLost] = {}
 
     # --- membership ----------------------------------------------------------------------------------------
 
@@ -186,10 +187,18 @@ class Group:
         """True while this group does not know yet which iteration its members are in: it can publish no failure."""
         return bool(self._unheard)
 
+    def defer(self, report: MemberLost | StoreLost) -> None:
+        """A loss heard while recalling: taken once it is known which iteration it ends, and repeated until then."""
+        key = report.incarnation if isinstance(report, MemberLost) else report.store.incarnation
+        self._deferred[key] = report
+
     def _all_heard(self, now: float) -> list[Effect]:
         if self.recalling:
             return []
         effects: list[Effect] = []
+        deferred, self._deferred = self._deferred, {}
+        for report in deferred.values():
+            effects += self.lost(now, report) if isinstance(report, MemberLost) else self.store_lost(now, report)
         for _, request in list(self._joins.values()):
             effects += self._unexplained(now, request)
         return effects + self.answer_if_ready(now)
@@ -200,6 +209,10 @@ class Group:
         if state is None or report.generation != self.generation or not state.may_lose(report):
             return []
         state.lost = report.incarnation
+        answered = self._answered.get(report.member)
+        if answered is not None and answered.incarnation == report.replacement:
+            # Heard late, from an agent that a new lighthouse had not answered yet: that quorum came after this loss.
+            return []
         was_counted_on = report.member in self._joins or report.member in self._expected
         self._joins.pop(report.member, None)
         self._expected.pop(report.member, None)
