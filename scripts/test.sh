@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every check: style, types, tests. Further arguments go to pytest.
 #
-#   scripts/test.sh                                all of it
+#   scripts/test.sh                                all of it; two tests at a time where that harms neither
 #   scripts/test.sh -m "not integration"           without the tests that start processes
 #   scripts/test.sh --repeat 10 -m integration     one part ten times, with a summary
 set -euo pipefail
@@ -19,10 +19,21 @@ ruff check .
 ruff format --check .
 mypy
 
+tests() {
+    if (($# > 0)); then
+        pytest "$@"
+        return
+    fi
+    local code=0
+    pytest -m alone || code=$?
+    pytest -m "not alone" --numprocesses 2 --dist loadfile || code=$?
+    return $code
+}
+
 failed=0
 for ((round = 1; round <= repeat; round++)); do
     began=$SECONDS
-    if ! pytest "$@"; then
+    if ! tests "$@"; then
         failed=$((failed + 1))
     fi
     if ((repeat > 1)); then

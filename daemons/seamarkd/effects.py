@@ -5,30 +5,28 @@ A core returns these; a shell carries them out in order. They hold no behaviour.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
+
+from msgspec import Struct
 
 from seamark.protocol.messages import Message
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     """Send a message to the peer with this routing id."""
 
     to: bytes
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(Struct, frozen=True):
     """Publish a message to the subscribers of a job."""
 
     job: str
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(Struct, frozen=True):
     """Connect to a silent node's address and say what happened."""
 
     node: str

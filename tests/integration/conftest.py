@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from standalone import PACE, standalone
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short, because sockets are in it: the path of a Unix socket has 107 bytes at most."""
+    return tmp_path_factory.mktemp("t")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, outside the ephemeral range's start so that no client gets one meanwhile."""
     found: list[int] = []
     with ExitStack() as taken:
-        for port in range(21_000 + os.getpid() % 5_000, 32_000):
+        for port in range(21_000 + os.getpid() * 37 % 10_000, 32_000):
             probe = taken.enter_context(socket.socket())
             try:
                 probe.bind(("127.0.0.1", port))
@@ -165,18 +165,18 @@ class Following:
     """A command in the background, and what it prints."""
 
     def __init__(self, suite: Suite, arguments: tuple[str, ...]) -> None:
-        self.output = (suite.home / "followed").open("w+")
+        self._path = suite.home / "followed"
         command = [sys.executable, "-m", "seamarkd.cli", *arguments]
-        self.process = subprocess.Popen(command, env=suite.env, stdout=self.output)
+        with self._path.open("w") as output:
+            self.process = subprocess.Popen(command, env=suite.env, stdout=output)
 
-    def close(self) -> list[dict[str, Any]]:
-        """Ends it by Ctrl-C; what it printed."""
+    def printed(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._path.read_text().splitlines()]
+
+    def close(self) -> None:
+        """Ends it by Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(30.0)
-        self.output.seek(0)
-        lines = [json.loads(line) for line in self.output]
-        self.output.close()
-        return lines
+        assert self.process.wait(30.0) == 130
 
 
 @contextmanager

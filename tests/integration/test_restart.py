@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from standalone import EVERY, PACE, STEPS, Standalone, standalone, wait_for
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 FOUR = ("--nproc-per-node", "4")
 FAILURES = 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import secrets
@@ -63,12 +64,14 @@ def test_training_outlives_its_daemons_and_ends_the_same(
     until = tmp_path / "until"
     arguments = ("--steps", "1000000", "--until", str(until), "--every", str(EVERY), "--pause", "0.08")
     run = cluster.run(tmp_path, *TWO_BY_TWO, "--max-restarts", "1000", name="killed", arguments=arguments)
-    events = cluster.follow("events", "killed", "--follow", "--json")
     culprits: list[int] = []
     iteration = 0
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(run.close)
         for rank in range(4):
             run.wait_step(rank, 5, 0)
+        events = cluster.follow("events", "killed", "--follow", "--json")
+        ending.callback(events.close)
         for _ in range(ROUNDS):
             for names, sentence in AWAY:
                 before = pids(run)
@@ -107,10 +110,7 @@ def test_training_outlives_its_daemons_and_ends_the_same(
         assert [failure["rank"] for failure in failures if failure["kind"] == "lost"] == culprits
         # While its agent is away, or an answer was lost with the lighthouse, the others' broken connections tell.
         assert all(failure["cause"]["communication"] for failure in failures if failure["kind"] == "faulted")
-    finally:
-        run.close()
-        published = events.close()
-    quorums = [(one["quorum_id"], one["iteration"]) for one in published if "quorum_id" in one]
+    quorums = [(one["quorum_id"], one["iteration"]) for one in events.printed() if "quorum_id" in one]
     assert len(quorums) > len(culprits)
     assert quorums == sorted(set(quorums)), "quorum ids and iterations only grow"
     resumed = [report for report in run.reports(1) if report["event"] == "resumed"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from msgspec import Struct, field
@@ -61,38 +60,33 @@ RESEND_INTERVAL = 0.5
 """Seconds between two sendings of a report that nobody acknowledged."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToLighthouse:
+class ToLighthouse(Struct, frozen=True):
     """Send to the lighthouse."""
 
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class ToCoordinator:
+class ToCoordinator(Struct, frozen=True):
     """Send to the coordinator."""
 
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class ToWorker:
+class ToWorker(Struct, frozen=True):
     """Send to the worker process with this incarnation."""
 
     incarnation: str
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class TellWorkers:
+class TellWorkers(Struct, frozen=True):
     """Send to all workers of a job that listen; to those that can't be reached yet, as soon as they can."""
 
     job: str
     message: FailureEvent | Snapshot
 
 
-@dataclass(frozen=True, slots=True)
-class StartWorker:
+class StartWorker(Struct, frozen=True):
     """Have the keeper start a worker process."""
 
     job: str
@@ -100,8 +94,7 @@ class StartWorker:
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class SignalWorker:
+class SignalWorker(Struct, frozen=True):
     """Signal a worker's process group."""
 
     job: str
@@ -110,8 +103,7 @@ class SignalWorker:
     signum: int
 
 
-@dataclass(frozen=True, slots=True)
-class StartStore:
+class StartStore(Struct, frozen=True):
     """Have the keeper start the TCPStore service; ``fixed`` is the port a person asked for, else 0."""
 
     job: str
@@ -119,15 +111,13 @@ class StartStore:
     fixed: int
 
 
-@dataclass(frozen=True, slots=True)
-class Remember:
+class Remember(Struct, frozen=True):
     """Write down what an agent started anew has to know of this job, before what follows happens."""
 
     job: str
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetExit:
+class ForgetExit(Struct, frozen=True):
     """The coordinator knows of this exit: the keeper need not hold it any longer."""
 
     job: str
@@ -135,8 +125,7 @@ class ForgetExit:
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class StopJobHere:
+class StopJobHere(Struct, frozen=True):
     """Stop all workers of a job; with ``final`` its store and keeper too. Answered by ``stopped``."""
 
     job: str
@@ -200,8 +189,7 @@ class Job(Struct):
     wrapped: bool = False
 
 
-@dataclass(slots=True)
-class Report:
+class Report(Struct):
     """A report that has to be acknowledged."""
 
     effect: ToLighthouse | ToCoordinator

@@ -15,9 +15,10 @@ import struct
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 Message = dict[str, Any]
 
@@ -44,8 +45,7 @@ class KeeperError(Exception):
         self.code = code
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(Struct, frozen=True):
     """A keeper's answer to hello.
 
     Attributes:
@@ -64,8 +64,7 @@ class Ready:
     reason: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(Struct, frozen=True):
     """One process that a keeper started.
 
     Attributes:
@@ -95,8 +94,7 @@ class Process:
     at: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(Struct, frozen=True):
     """A process together with its descriptors, which the caller owns and closes; -1 once it has ended."""
 
     process: Process
@@ -110,8 +108,7 @@ class Held:
                 os.close(fd)
 
 
-@dataclass(frozen=True, slots=True)
-class _Packet:
+class _Packet(Struct, frozen=True):
     message: Message
     fds: tuple[int, ...]
 
@@ -421,7 +418,7 @@ class KeeperClient:
 
     async def _hello(self, epoch: int, timeout: float) -> None:
         answer = (await self._ask({"type": "hello", "epoch": epoch}, timeout)).message
-        fields = {name: answer[name] for name in Ready.__slots__ if name != "modules"}
+        fields = {name: answer[name] for name in Ready.__struct_fields__ if name != "modules"}
         self.ready = Ready(modules=[(name, seconds) for name, seconds in answer["modules"]], **fields)
 
     async def _until_gone(self, pidfd: int, timeout: float) -> None:
@@ -573,7 +570,7 @@ def _close_all(fds: Sequence[int]) -> None:
 
 
 def _process(message: Message) -> Process:
-    return Process(**{name: message[name] for name in Process.__slots__})
+    return Process(**{name: message[name] for name in Process.__struct_fields__})
 
 
 def _held(packet: _Packet) -> Held:

@@ -9,11 +9,11 @@ import secrets
 import signal
 import time
 from collections.abc import Awaitable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import zmq
+from msgspec import Struct, field
 
 from seamark.progress import ProgressPage
 from seamark.protocol.messages import (
@@ -64,8 +64,7 @@ PROGRESS_INTERVAL = 0.5
 STORE_SLOT = "store"
 
 
-@dataclass(slots=True)
-class Process:
+class Process(Struct):
     """A living worker process as the shell holds it."""
 
     held: Held
@@ -79,8 +78,7 @@ class Process:
         self.held.close()
 
 
-@dataclass(slots=True)
-class Kept:
+class Kept(Struct):
     """A job's keeper and processes on this node."""
 
     keeper: asyncio.Future[KeeperClient]

@@ -8,10 +8,9 @@ out; ``Persist`` stands before the sends that announce what it makes durable, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from seamark.protocol.messages import (
     AbortJob,
@@ -105,15 +104,13 @@ class JobRecord(Struct, frozen=True):
     exited: dict[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class ToLighthouse:
+class ToLighthouse(Struct, frozen=True):
     """Send to the lighthouse."""
 
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Persist:
+class Persist(Struct, frozen=True):
     """Make this durable before any later effect happens."""
 
     record: JobRecord
@@ -122,15 +119,13 @@ class Persist:
     """Nothing of an earlier job of this name remains."""
 
 
-@dataclass(frozen=True, slots=True)
-class Forget:
+class Forget(Struct, frozen=True):
     """Nothing of this job has to be kept."""
 
     job: str
 
 
-@dataclass(frozen=True, slots=True)
-class Tell:
+class Tell(Struct, frozen=True):
     """The job's status changed: tell its followers, soon and not for every change alone."""
 
     job: str
@@ -139,8 +134,7 @@ class Tell:
 Effect: TypeAlias = Send | ToLighthouse | Persist | Forget | Tell
 
 
-@dataclass(slots=True)
-class Node:
+class Node(Struct):
     """An agent as the coordinator knows it."""
 
     route: bytes
@@ -148,8 +142,7 @@ class Node:
     last_beat: float
 
 
-@dataclass(slots=True)
-class Process:
+class Process(Struct):
     """A worker process, as reported."""
 
     incarnation: str
@@ -157,8 +150,7 @@ class Process:
     alive: bool
 
 
-@dataclass(slots=True)
-class Job:
+class Job(Struct):
     """A job in memory."""
 
     spec: JobSpec

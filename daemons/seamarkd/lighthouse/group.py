@@ -12,8 +12,8 @@ peer") is evidence of somebody else's end and nearly always overtakes the death 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from seamark.protocol.messages import (
@@ -53,8 +53,7 @@ HEARTBEAT_TIMEOUT = 5.0
 """Seconds; torchft's default, for a member's health in the quorum decision."""
 
 
-@dataclass(slots=True)
-class MemberState:
+class MemberState(Struct):
     """A slot of the roster and who fills it.
 
     ``incarnation`` is empty while nobody does, or as long as its agent has not told a lighthouse that was started
@@ -75,8 +74,7 @@ class MemberState:
         return bool(report.replacement) and report.replacement == self.incarnation
 
 
-@dataclass(slots=True)
-class Waiter:
+class Waiter(Struct):
     """An unanswered request: where to answer, and since when it waits."""
 
     route: bytes
@@ -85,8 +83,7 @@ class Waiter:
     since: float
 
 
-@dataclass(slots=True)
-class Incident:
+class Incident(Struct):
     """The fault in progress. Unpublished while all that is known of it are communication faults."""
 
     iteration: int

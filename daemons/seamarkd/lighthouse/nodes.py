@@ -9,8 +9,9 @@ deadlines by as much (Lifeguard's awareness, memberlist). Pure: beats, probe res
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 from seamark.protocol.messages import NodeHello
 from seamarkd.effects import Effect, Probe
@@ -27,8 +28,7 @@ Verdict = Literal["", "agent down", "frozen"]
 VERDICTS: dict[ProbeResult, Verdict] = {"refused": "agent down", "accepted": "frozen", "silent": ""}
 
 
-@dataclass(slots=True)
-class Node:
+class Node(Struct):
     """A node as the lighthouse sees it."""
 
     name: str

@@ -19,14 +19,14 @@ It knows no job, no socket and no clock: every time is an argument, in seconds o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 Kind = Literal["fast_quorum", "valid_quorum", "below_min_replicas", "not_majority_of_healthy", "waiting_for_stragglers"]
 
 
-@dataclass(frozen=True, slots=True)
-class QuorumOptions:
+class QuorumOptions(Struct, frozen=True):
     """Limits of a group's quorum, in members and seconds. Defaults: torchft's."""
 
     min_members: int = 1
@@ -34,8 +34,7 @@ class QuorumOptions:
     heartbeat_timeout: float = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Participant:
+class Participant(Struct, frozen=True):
     """A member that asked for the next quorum and waits for it."""
 
     member: str
@@ -44,8 +43,7 @@ class Participant:
     commit_failures: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(Struct, frozen=True):
     """What was decided: ``members`` (sorted) or None, its kind, and a sentence for people."""
 
     members: list[str] | None
@@ -57,8 +55,7 @@ class Decision:
     shrink_only: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PreviousQuorum:
+class PreviousQuorum(Struct, frozen=True):
     """The last answered quorum of the group."""
 
     quorum_id: int
