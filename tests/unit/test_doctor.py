@@ -14,6 +14,7 @@ from seamarkd.cli.doctor import (
     Check,
     address_check,
     bind_error,
+    clock_check,
     directory_check,
     events_check,
     file_system,
@@ -27,7 +28,7 @@ from seamarkd.cli.doctor import (
 
 INFINITY = resource.RLIM_INFINITY
 COORDINATOR = CoordinatorStatus(1, 1, "s", 42, 60.0, "", [], [], {})
-LIGHTHOUSE = LighthouseStatus(1, 1, "s", 42, 60.0, "", [], {}, {})
+LIGHTHOUSE = LighthouseStatus(1, 1, "s", 42, 60.0, "", [], {}, {}, 1e9)
 HERE = "tcp://127.0.0.1:29712"
 
 
@@ -57,6 +58,10 @@ HERE = "tcp://127.0.0.1:29712"
         (events_check(HERE, LIGHTHOUSE, 0), "problem", "lighthouse.events"),
         (events_check(HERE, "no answer", 0), "ok", "free"),
         (events_check(HERE, "no answer", errno.EADDRINUSE), "problem", "ss -ltnp"),
+        (clock_check(1e9, 1e9 - 0.1, 1e9 + 0.1), "ok", "0.100 s"),
+        (clock_check(1e9, 1e9 - 9.0, 1e9 + 9.0), "ok", "9.000 s"),
+        (clock_check(1e9, 1e9 + 3.0, 1e9 + 3.2), "warning", "3.0 s ahead of"),
+        (clock_check(1e9, 1e9 - 3.2, 1e9 - 3.0), "warning", "3.0 s behind"),
         (directory_check("state", Path("/s"), 0o40700, True, "ext4"), "ok", "ext4"),
         (directory_check("state", Path("/s"), 0o40700, True, "nfs4"), "problem", "paths.state"),
         (directory_check("state", Path("/s"), 0o40700, True, "lustre"), "problem", "lustre"),

@@ -46,7 +46,9 @@ def coordinator(
 def lighthouse(
     *, age: float = 0.1, verdict: str = "", sentence: str = "", waiting: dict[str, str] | None = None
 ) -> LighthouseStatus:
-    return LighthouseStatus(1, 7, "seamark 1", 41, 60.0, sentence, [NodeHealth("n", age, verdict)], waiting or {}, {})
+    return LighthouseStatus(
+        1, 7, "seamark 1", 41, 60.0, sentence, [NodeHealth("n", age, verdict)], waiting or {}, {}, 0.0
+    )
 
 
 def drawn(*answers: CoordinatorStatus | LighthouseStatus | str, exposed: list[str] | None = None) -> str:

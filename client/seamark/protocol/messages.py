@@ -697,6 +697,8 @@ class LighthouseStatus(Message, frozen=True):
     """By job: what its quorum waits for."""
     dropped: dict[str, int]
     """Frames that were no message, by reason."""
+    wall_clock: Moment
+    """Seconds since the epoch, when this was answered: whether hosts' clocks agree (``seamark doctor``)."""
 
 
 # --- agent and coordinator ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import shutil
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +33,8 @@ from seamarkd.cli.status import ask_one, duration, plain
 from seamarkd.settings import Settings, SettingsError, config_path, load
 
 ASK_TIMEOUT = 0.5
+CLOCK_TOLERANCE = 0.5
+"""Seconds; only logs compare wall clocks between hosts, nothing is decided by them."""
 FILES_WANTED = 4_096
 """Open files: a lighthouse holds one or two per node, a keeper several per worker."""
 PROCESSES_WANTED = 1_024
@@ -100,7 +103,9 @@ def show(console: Console, check: Check) -> None:
 
 def addresses(settings: Settings) -> list[Check]:
     """Each address: answered by a daemon of ours, free to be taken, or in somebody else's hands."""
+    asked_at = time.time()
     lighthouse = ask_one(settings.lighthouse.address, LighthouseStatus, ASK_TIMEOUT)
+    answered_at = time.time()
     coordinator = ask_one(settings.coordinator.address, CoordinatorStatus, ASK_TIMEOUT)
     checks = [
         address_check("lighthouse", settings.lighthouse.address, lighthouse, bind_error(settings.lighthouse.address)),
@@ -109,18 +114,28 @@ def addresses(settings: Settings) -> list[Check]:
             "coordinator", settings.coordinator.address, coordinator, bind_error(settings.coordinator.address)
         ),
     ]
-    remote = not on_this_host(settings.lighthouse.address)
-    if remote and not isinstance(lighthouse, str):
-        checks.append(
-            Check(
-                "warning",
-                "clock: the difference to the head's clock was not measured, its answers carry no wall clock",
-                "see that both hosts follow the same time source (chronyc tracking)",
-            )
-        )
-    elif not remote:
-        checks.append(Check("ok", "clock: not measurable on one host, and nothing to measure"))
+    if not isinstance(lighthouse, str) and not on_this_host(settings.lighthouse.address):
+        checks.append(clock_check(lighthouse.wall_clock, asked_at, answered_at))
     return checks
+
+
+def clock_check(head: float, asked_at: float, answered_at: float) -> Check:
+    """Whether this host's clock agrees with the head's, as far as the time of the question allows to say.
+
+    Args:
+        head: the head's wall clock when it answered, seconds.
+        asked_at, answered_at: this host's before and after.
+    """
+    early, late = asked_at - head, answered_at - head
+    if early <= CLOCK_TOLERANCE and late >= -CLOCK_TOLERANCE:
+        return Check("ok", f"clock: within {max(abs(early), abs(late), 0.001):.3f} s of the head's")
+    ahead = early > 0
+    seconds = early if ahead else -late
+    return Check(
+        "warning",
+        f"clock: at least {seconds:.1f} s {'ahead of' if ahead else 'behind'} the head's",
+        "times in the logs of the two hosts don't compare: let both hosts follow the same time source (chronyc tracking)",
+    )
 
 
 def bind_error(address: str) -> int | None:

@@ -109,6 +109,7 @@ class Lighthouse:
             ],
             waiting={job: group.reason for job, group in self.groups.items() if group.waits},
             dropped={},
+            wall_clock=-1.0,
         )
 
     # --- handlers ------------------------------------------------------------------------------------------

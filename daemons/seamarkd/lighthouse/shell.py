@@ -77,6 +77,7 @@ class LighthouseShell:
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
                 dropped=dict(self._requests.dropped),
+                wall_clock=time.time(),
             )
             self._requests.send(status, route)
             return
