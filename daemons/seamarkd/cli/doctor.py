@@ -134,7 +134,7 @@ def clock_check(head: float, asked_at: float, answered_at: float) -> Check:
     return Check(
         "warning",
         f"clock: at least {seconds:.1f} s {'ahead of' if ahead else 'behind'} the head's",
-        "times in the logs of the two hosts don't compare: let both hosts follow the same time source (chronyc tracking)",
+        "times in their logs don't compare: let both hosts follow the same time source (chronyc tracking)",
     )
 
 
