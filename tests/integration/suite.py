@@ -174,9 +174,8 @@ class Following:
         return [json.loads(line) for line in self._path.read_text().splitlines()]
 
     def close(self) -> None:
-        """Ends it by Ctrl-C."""
-        self.process.send_signal(signal.SIGINT)
-        assert self.process.wait(30.0) == 130
+        self.process.terminate()
+        assert self.process.wait(30.0) == -signal.SIGTERM
 
 
 @contextmanager
