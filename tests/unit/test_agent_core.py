@@ -9,6 +9,7 @@ from typing import TypeVar
 import msgspec
 import pytest
 
+from seamark.protocol.codec import decode, encode
 from seamark.protocol.messages import (
     Acknowledged,
     Cause,
@@ -340,6 +341,19 @@ def test_a_loss_is_told_every_new_lighthouse_until_a_quorum_was_answered_without
     assert len(to_lighthouse(bench.agent.registered(NOW), MemberLost)) == 1, "it was in that quorum, and died in it"
     bench.agent.from_lighthouse(NOW, quorum("i2", "i1"))
     assert to_lighthouse(bench.agent.registered(NOW), MemberLost) == []
+
+
+def test_what_others_act_upon_is_written_down_before_they_hear_of_it() -> None:
+    bench = Bench()
+    assert [type(one) for one in bench.die("i0")] == [Remember, ToLighthouse, StartWorker]
+    answer = msgspec.structs.replace(quorum("i2", "i1"), recipients=[Recipient("job/1", "i1", 1)])
+    assert [type(one) for one in bench.agent.from_lighthouse(NOW, answer)] == [Remember, ToWorker]
+
+
+def test_that_no_quorum_is_known_can_be_sent() -> None:
+    (last,) = to_lighthouse(Bench().agent.registered(NOW), LastQuorum)
+    assert last.quorum_id == 0
+    assert decode(encode(last)) == last
 
 
 def test_the_announcement_of_a_worker_that_died_is_not_repeated() -> None:

@@ -524,6 +524,45 @@ def test_an_announcement_that_arrives_after_the_loss_raises_nobody(running: Benc
     assert len(running.published(QuorumEvent)) == 1
 
 
+def test_a_replacement_that_joins_while_its_predecessor_s_loss_is_deferred_is_not_refused(of_two_nodes: Bench) -> None:
+    bench = of_two_nodes
+    bench.do(bench.group.recall(bench.now, recall(5, node="n0")))
+    announce(bench, 0, 1)
+    first, second = (
+        MemberLost(0, "job", 0, "job/1", f"job/1#{n}", KILLED, -1.0, bench.now, "canary", f"job/1#{n + 1}")
+        for n in (0, 1)
+    )
+    bench.group.defer(first)
+    bench.incarnations["job/1"] = "job/1#1"
+    bench.join(1)
+    bench.group.defer(second)
+    bench.incarnations["job/1"] = "job/1#2"
+    announce(bench, 1)
+    assert bench.sent(Refused) == []
+    bench.do(bench.group.recall(bench.now, recall(5, node="n1")))
+    assert [one.failure.incarnation for one in bench.published(FailureEvent)] == ["job/1#0", "job/1#1"]
+    announce(bench, 2, 3)
+    bench.last = dict.fromkeys(members(), 5)
+    bench.join(0, 1, 2, 3)
+    assert [one.iteration for one in bench.published(QuorumEvent)] == [6]
+
+
+def test_members_of_a_node_that_was_given_up_come_back_with_it(running: Bench) -> None:
+    running.do(running.group.node_lost(running.now, "n0"))
+    assert len(running.published(FailureEvent)) == 4
+    announce(running, 0, 1, 2, 3)
+    running.join(0, 1, 2, 3)
+    assert [one.iteration for one in running.published(QuorumEvent)] == [1]
+
+
+def test_what_the_coordinator_heard_ends_an_iteration_that_no_node_remembers(anew: Bench) -> None:
+    """A worker leaves at a failure of its iteration or of a later one."""
+    announce(anew, 0, 1, 2, 3)
+    anew.do(anew.group.recall(anew.now, recall(3)))
+    anew.lose(2)
+    assert [one.failure.iteration for one in anew.published(FailureEvent)] == [4]
+
+
 def test_an_answer_that_was_lost_is_given_again(running: Bench) -> None:
     request = running.request
     running.request -= 1

@@ -296,7 +296,7 @@ class LastQuorum(Message, frozen=True):
     job: Name
     generation: Count
     quorum_id: QuorumId
-    iteration: Count
+    iteration: Iteration
     restarts: Count
     members: list[Name]
     completed: bool

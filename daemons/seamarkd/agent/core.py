@@ -402,14 +402,15 @@ class Agent:
         if self._may_replace(job, roster, cause):
             job.allowance -= 1
             worker.replacement = self._new_incarnation()
-        effects: list[Effect] = [self._report_loss(now, job, worker, cause, at, how)]
-        if worker.replacement:
-            # Announced by the report itself: one message less between the death and the fork.
-            job.workers[worker.replacement] = Worker(
-                worker.member, worker.replacement, worker.generation, replaces=worker.incarnation
-            )
-            effects += [Remember(job.name), StartWorker(job.name, worker.member, worker.replacement)]
-        return effects
+        report = self._report_loss(now, job, worker, cause, at, how)
+        if not worker.replacement:
+            return [report]
+        # Announced by the report itself: one message less between the death and the fork. Remembered before it: an
+        # agent started anew in between would announce another replacement, and the lighthouse expect the first.
+        job.workers[worker.replacement] = Worker(
+            worker.member, worker.replacement, worker.generation, replaces=worker.incarnation
+        )
+        return [Remember(job.name), report, StartWorker(job.name, worker.member, worker.replacement)]
 
     def _report_loss(self, now: float, job: Job, worker: Worker, cause: Cause, at: float, how: str) -> Effect:
         report = MemberLost(
@@ -501,8 +502,8 @@ class Agent:
             case QuorumReset():
                 return [ToWorker(one.incarnation, message) for one in message.recipients]
             case QuorumAnswer():
-                tell: list[Effect] = [ToWorker(one.incarnation, message) for one in message.recipients]
-                return [*tell, *self._quorum(message)]
+                # Remembered first: the workers' iteration may not be newer than what a lighthouse started anew is told.
+                return [*self._quorum(message), *(ToWorker(one.incarnation, message) for one in message.recipients)]
             case Completed():
                 return self._completed(message)
             case Refused(member=member) if member:

@@ -57,13 +57,15 @@ class MemberState(Struct):
     """A slot of the roster and who fills it.
 
     ``incarnation`` is empty while nobody does, or as long as its agent has not told a lighthouse that was started
-    anew. ``lost`` is the incarnation whose loss was published last.
+    anew. ``lost`` is the incarnation whose loss was published last; ``presumed`` says that no agent reported it, and it
+    may come back with its node.
     """
 
     slot: Slot
     incarnation: str = ""
     alive: bool = False
     lost: str = ""
+    presumed: bool = False
 
     def may_lose(self, report: MemberLost) -> bool:
         """True for the first report of the loss of who fills the slot, or filled it while nobody listened."""
@@ -130,15 +132,20 @@ class Group:
         self._unheard: set[str] = set()
         self._unheard_until = 0.0
         self._deferred: dict[str, MemberLost | StoreLost] = {}
+        self._dead: set[str] = set()
 
     # --- membership ----------------------------------------------------------------------------------------
 
     def set_roster(self, now: float, roster: Roster) -> list[Effect]:
         """A new roster: higher generations replace the members, the same one is heard again without effect."""
-        self._store = roster.store
         if roster.generation <= self.generation:
             return []
+        self._store = roster.store
         self.generation = roster.generation
+        self._dead.clear()
+        if roster.running:
+            # What the coordinator heard, should no node remember it: too high an iteration ends the present one, too.
+            self.iteration = max(self.iteration, roster.base_iteration)
         self._options = QuorumOptions(roster.min_members, roster.join_timeout, HEARTBEAT_TIMEOUT)
         self._base_iteration = max(self._base_iteration, roster.base_iteration)
         self._start_timeout = roster.start_timeout
@@ -156,9 +163,13 @@ class Group:
         state = self.members.get(report.member)
         if state is None or report.generation != self.generation or state.incarnation == report.incarnation:
             return []
-        if state.lost == report.incarnation:
-            # Announced before it was lost, and heard after it: nobody comes back from the dead.
-            return []
+        if report.incarnation in self._dead:
+            if not (state.presumed and state.lost == report.incarnation and not state.incarnation):
+                # Announced before it was lost, and heard after it: nobody comes back from the dead.
+                return []
+            self._dead.discard(report.incarnation)
+            state.lost = ""
+            state.presumed = False
         state.incarnation = report.incarnation
         state.alive = True
         self._expected[report.member] = now + self._start_timeout
@@ -194,18 +205,34 @@ class Group:
             return []
         effects: list[Effect] = []
         deferred, self._deferred = self._deferred, {}
+        self._begin_chains([one for one in deferred.values() if isinstance(one, MemberLost)])
         for report in deferred.values():
             effects += self.lost(now, report) if isinstance(report, MemberLost) else self.store_lost(now, report)
         for _, request in list(self._joins.values()):
             effects += self._unexplained(now, request)
         return effects + self.answer_if_ready(now)
 
+    def _begin_chains(self, losses: list[MemberLost]) -> None:
+        """Who died while recalling filled the slot when that began, though its replacement was announced meanwhile."""
+        first: dict[str, str] = {}
+        for report in losses:
+            if report.generation == self.generation:
+                first.setdefault(report.member, report.incarnation)
+        for member, incarnation in first.items():
+            state = self.members.get(member)
+            if state is not None and not state.lost and member not in self._answered:
+                state.incarnation = incarnation
+
     def lost(self, now: float, report: MemberLost) -> list[Effect]:
         """A member is dying or dead: published once per incarnation."""
         state = self.members.get(report.member)
-        if state is None or report.generation != self.generation or not state.may_lose(report):
+        if state is None or report.generation != self.generation:
+            return []
+        self._dead.add(report.incarnation)
+        if not state.may_lose(report):
             return []
         state.lost = report.incarnation
+        state.presumed = False
         answered = self._answered.get(report.member)
         if answered is not None and answered.incarnation == report.replacement:
             # Heard late, from an agent that a new lighthouse had not answered yet: that quorum came after this loss.
@@ -257,6 +284,7 @@ class Group:
                     0, self.job, self.generation, member, state.incarnation, cause, -1.0, now, "missed heartbeats"
                 )
                 effects += self.lost(now, report)
+                state.presumed = True
         return effects
 
     def faulted(self, now: float, report: MemberFaulted) -> list[Effect]:
@@ -522,12 +550,12 @@ class Group:
         if state is None:
             sentence = f"{request.member} is not in the roster of job {self.job}"
             return [Send(route, Refused(request.request, "UNKNOWN_MEMBER", sentence, self.job, request.member))]
-        if request.generation > self.generation or not state.incarnation:
-            # The roster or the agent's announcement is on its way; the member asks again.
-            return []
-        if request.generation != self.generation or request.incarnation != state.incarnation:
+        if request.generation < self.generation or request.incarnation in self._dead:
             sentence = f"{request.member} was replaced by a newer process of job {self.job}: this one must end"
             return [Send(route, Refused(request.request, "STALE_GENERATION", sentence, self.job, request.member))]
+        if request.generation > self.generation or request.incarnation != state.incarnation:
+            # The roster, its announcement or the loss it follows is on its way; the member asks again.
+            return []
         return None
 
 
