@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from standalone import EVERY, Run, standalone, wait_for
+from standalone import DEADLINE, EVERY, Run, standalone, wait_for
 from suite import Suite, suite
 
 pytestmark = pytest.mark.suite
@@ -117,7 +117,7 @@ def test_training_outlives_its_daemons_and_ends_the_same(
     assert all(report["step"] > 0 for report in resumed[1:])
     arguments = ("--steps", str(end), "--every", str(EVERY))
     with standalone(tmp_path_factory.mktemp("u"), "--nproc-per-node", "4", arguments=arguments) as undisturbed:
-        assert undisturbed.finish() == 0, undisturbed.text()
+        assert undisturbed.finish(DEADLINE * ROUNDS) == 0, undisturbed.text()
         assert undisturbed.incidents() == []
     assert run.digests() == undisturbed.digests()
 
