@@ -7,6 +7,7 @@ addresses in a private directory. Nothing of it outlives the process but the man
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import socket
 import tempfile
@@ -17,9 +18,11 @@ from typing import Any, Self
 
 import zmq
 
+from seamark.protocol.sockets import IPC_PATH_LIMIT
 from seamarkd.agent.shell import AgentShell
 from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.shell import CoordinatorShell
+from seamarkd.errors import StateError
 from seamarkd.lighthouse.shell import LighthouseShell
 from seamarkd.paths import private, run_directory
 
@@ -28,6 +31,8 @@ EPOCH = 1
 STOP_TIMEOUT = 30.0
 ADDRESS_FILE = "coordinator.address"
 """Beside the manifest while the suite lives: where its coordinator answers."""
+LONGEST = "12345678/keeper-123456"
+"""The longest path of a socket, below the directory of all run directories."""
 
 
 class Standalone:
@@ -39,12 +44,19 @@ class Standalone:
 
     Raises:
         ManifestError: another suite uses this directory.
+        StateError: the run directory's name is too long.
     """
 
     def __init__(self, state: Path, slots: int) -> None:
         self._state = private(state)
         self._slots = slots
-        self._run = Path(tempfile.mkdtemp(prefix="", dir=run_directory()))
+        base = run_directory()
+        if len(os.fsencode(base / LONGEST)) > IPC_PATH_LIMIT:
+            raise StateError(
+                f"{base}: the paths of sockets below it would have more than {IPC_PATH_LIMIT} bytes: "
+                "set XDG_RUNTIME_DIR to a directory with a shorter name"
+            )
+        self._run = Path(tempfile.mkdtemp(prefix="", dir=base))
         self.coordinator = f"ipc://{self._run}/coordinator"
         self._loop = asyncio.new_event_loop()
         self._stopping: asyncio.Event | None = None

@@ -58,6 +58,15 @@ def test_the_command_line(tmp_path: Path, arguments: list[str], code: int, sente
     assert "Traceback" not in done.stderr
 
 
+def test_a_run_directory_with_too_long_a_name(tmp_path: Path) -> None:
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / ("x" * 100)), "XDG_STATE_HOME": str(tmp_path / "state")}
+    command = [sys.executable, "-m", "seamarkd.cli", "run", "--standalone", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 78
+    assert "set XDG_RUNTIME_DIR" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def script(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "script.py"
     path.write_text(text)
