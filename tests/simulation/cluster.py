@@ -169,6 +169,23 @@ class Daemon:
         return type(self).__name__
 
 
+class Peer(Daemon):
+    """One that asks the lighthouse and subscribes to its events, over two connections that come up one by one."""
+
+    to_lighthouse: Link
+    from_lighthouse: Link
+    events: Link
+
+    def reach_lighthouse(self) -> None:
+        if self.cluster.lighthouse.alive:
+            self.from_lighthouse.connect()
+            self.to_lighthouse.connect()
+
+    def subscribe(self) -> None:
+        if self.cluster.lighthouse.alive:
+            self.events.connect()
+
+
 class LighthouseDaemon(Daemon):
     def enter(self) -> None:
         self.core = Lighthouse(self.starts)
@@ -220,7 +237,7 @@ class LighthouseDaemon(Daemon):
                 peer.events.send(message)
 
 
-class CoordinatorDaemon(Daemon):
+class CoordinatorDaemon(Peer):
     route = b"coordinator"
 
     def __init__(self, cluster: Cluster) -> None:
@@ -250,15 +267,6 @@ class CoordinatorDaemon(Daemon):
                 host.from_coordinator.sender_died()
                 host.soon(0.01, host.from_coordinator.cut)
 
-    def reach_lighthouse(self) -> None:
-        if self.cluster.lighthouse.alive:
-            self.from_lighthouse.connect()
-            self.to_lighthouse.connect()
-
-    def subscribe(self) -> None:
-        if self.cluster.lighthouse.alive:
-            self.events.connect()
-
     def receive(self, route: bytes, message: Message) -> None:
         if self.alive:
             self.perform(self.core.handle(self.cluster.now, route, message))
@@ -284,7 +292,7 @@ class CoordinatorDaemon(Daemon):
                 self.to_lighthouse.send(message)
 
 
-class Host(Daemon):
+class Host(Peer):
     """A node: its agent, which can be killed, and the keeper with the workers, which stays."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
@@ -347,19 +355,10 @@ class Host(Daemon):
             worker.from_agent.sender_died()
             self.cluster.at(0.01, worker.from_agent.cut)
 
-    def reach_lighthouse(self) -> None:
-        if self.cluster.lighthouse.alive:
-            self.from_lighthouse.connect()
-            self.to_lighthouse.connect()
-
     def reach_coordinator(self) -> None:
         if self.cluster.coordinator.alive:
             self.from_coordinator.connect()
             self.to_coordinator.connect()
-
-    def subscribe(self) -> None:
-        if self.cluster.lighthouse.alive:
-            self.events.connect()
 
     def tick(self) -> None:
         self._beats += 1

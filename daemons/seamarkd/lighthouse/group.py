@@ -197,8 +197,10 @@ class Group:
 
     def defer(self, report: MemberLost | StoreLost) -> None:
         """A loss heard while recalling: taken once it is known which iteration it ends, and repeated until then."""
-        key = report.incarnation if isinstance(report, MemberLost) else report.store.incarnation
-        self._deferred[key] = report
+        if isinstance(report, StoreLost):
+            self._deferred[report.store.incarnation] = report
+        elif report.member in self.members:
+            self._deferred[report.incarnation] = report
 
     def _all_heard(self, now: float) -> list[Effect]:
         if self.recalling:
