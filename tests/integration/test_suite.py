@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from standalone import DEADLINE, EVERY, Run, standalone, wait_for
 from suite import Suite, suite
@@ -209,6 +210,31 @@ def test_the_coordinator_is_killed_at_random_moments(cluster: Suite, tmp_path: P
         for run in runs:
             run.close()
     assert [(tmp_path / f"ran-{run.name}").read_text() for run in runs] == ["x"] * COORDINATOR_KILLS
+
+
+def keepers(name: str) -> list[psutil.Process]:
+    """The keepers of a job."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[-2:] == ["--job", name]:
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def test_agents_killed_while_their_keepers_import_torch(cluster: Suite, tmp_path: Path) -> None:
+    """One keeper goes with its agent; the job starts all the same, and once."""
+    name = f"early-{secrets.token_hex(2)}"
+    script = _touch(tmp_path)
+    with contextlib.closing(
+        cluster.run(tmp_path / "r", *TWO_BY_TWO, "--max-restarts", "0", name=name, script=script)
+    ) as run:
+        wait_for("the keepers of both nodes", lambda: len(keepers(name)) == 2)
+        keepers(name)[0].kill()
+        cluster.kill("agent-0", "agent-1")
+        assert not (tmp_path / f"ran-{name}").is_file(), "the keepers had imported torch already"
+        assert run.finish() == 0, run.text() + cluster.logs()
+    assert (tmp_path / f"ran-{name}").read_text() == "xxxx"
 
 
 # --- bad input ---------------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from seamark.protocol.messages import (
     MemberStarted,
     MemberStuck,
     Message,
-    PrepareStore,
+    PrepareFailed,
+    PrepareJob,
     QuorumAnswer,
     Recipient,
     Refused,
@@ -51,6 +52,7 @@ from seamarkd.agent.core import (
     Job,
     Remember,
     SignalWorker,
+    StartKeeper,
     StartStore,
     StartWorker,
     StopJobHere,
@@ -244,7 +246,7 @@ def test_reports_are_repeated_until_acknowledged() -> None:
 
 def test_the_store_is_started_once_per_order_and_its_death_is_repaired() -> None:
     agent = Agent("here", lambda: "s0")
-    order = PrepareStore(3, 0, spec())
+    order = PrepareJob(3, spec(), store=True)
     assert agent.from_coordinator(NOW, order) == [Remember("job"), StartStore("job", "s0", 0)]
     assert agent.from_coordinator(NOW, order) == []
     (ready,) = to_coordinator(agent.store_started("job", STORE, 20000), StoreReady)
@@ -393,11 +395,35 @@ def test_a_lighthouse_that_is_new_hears_of_the_last_quorum_before_all_else() -> 
 
 def test_the_order_of_a_coordinator_started_anew_finds_the_store_that_runs() -> None:
     agent = Agent("here", lambda: "s0")
-    agent.from_coordinator(NOW, PrepareStore(3, 0, spec()))
-    assert agent.from_coordinator(NOW, PrepareStore(4, 0, spec())) == [], "it is being started"
+    agent.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
+    assert agent.from_coordinator(NOW, PrepareJob(4, spec(), store=True)) == [], "it is being started"
     agent.store_started("job", STORE, 20000)
-    (ready,) = to_coordinator(agent.from_coordinator(NOW, PrepareStore(5, 0, spec())), StoreReady)
+    (ready,) = to_coordinator(agent.from_coordinator(NOW, PrepareJob(5, spec(), store=True)), StoreReady)
     assert (ready.request, ready.store) == (5, STORE)
+
+
+def test_a_node_without_the_store_has_its_keeper_ready_before_the_roster() -> None:
+    agent = Agent("here", lambda: "i0")
+    order = PrepareJob(3, spec(), store=False)
+    assert agent.from_coordinator(NOW, order) == agent.from_coordinator(NOW, order) == [StartKeeper("job")]
+
+
+def test_a_failed_preparation_is_told_and_tried_again_when_the_order_is_repeated() -> None:
+    agent = Agent("here", lambda: "s0")
+    agent.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
+    (failed,) = to_coordinator(agent.prepare_failed("job", "no such python"), PrepareFailed)
+    assert (failed.request, failed.reason) == (3, "node here: no such python")
+    effects = agent.from_coordinator(NOW, PrepareJob(4, spec(), store=True))
+    assert effects == [Remember("job"), StartStore("job", "s0", 0)]
+
+
+@pytest.mark.parametrize(("known", "starts"), [({}, [StartStore("job", "s0", 0)]), ({"s0": (7, 0.5)}, [])])
+def test_an_agent_killed_before_its_store_listened_starts_it_once(
+    known: dict[str, tuple[int, float]], starts: list[Effect]
+) -> None:
+    before = Agent("here", lambda: "s0")
+    before.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
+    assert Agent("here", lambda: "s1").adopt(NOW, before.jobs["job"], known) == starts
 
 
 # --- what the lighthouse publishes -------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from seamark.protocol.messages import (
     JobStatus,
     Message,
     NodeHello,
-    PrepareStore,
+    PrepareFailed,
+    PrepareJob,
     QuorumEvent,
     Refused,
     Roster,
@@ -29,7 +30,6 @@ from seamark.protocol.messages import (
     StopJob,
     StopWorkers,
     StoreAddress,
-    StoreFailed,
     StoreReady,
     SubmitJob,
     WorkerExited,
@@ -144,7 +144,7 @@ def test_a_job_is_durable_before_it_is_acknowledged() -> None:
 
 def test_the_path_to_running() -> None:
     bench = Bench()
-    assert bench.told(PrepareStore)
+    assert bench.told(PrepareJob)
     effects = bench.send(StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE))
     (roster,) = [one.message for one in effects if isinstance(one, ToLighthouse)]
     assert isinstance(roster, Roster)
@@ -152,6 +152,22 @@ def test_the_path_to_running() -> None:
     assert bench.told(Roster) == [], "agents get the roster once the lighthouse has it"
     bench.start_workers()
     assert bench.job.state == "RUNNING"
+
+
+def test_all_nodes_prepare_at_once_and_one_starts_the_store() -> None:
+    bench = Bench(min_nodes=2, max_nodes=2)
+    bench.hello("n1", 16)
+    assert sorted(one.store for one in bench.told(PrepareJob)) == [False, True]
+    first = bench.job.slots[0].node
+    for node in ("n0", "n1"):
+        bench.hello(node)
+        assert [one.store for one in bench.told(PrepareJob)] == [node == first]
+
+
+def test_what_is_said_of_an_older_order_to_prepare_changes_nothing() -> None:
+    bench = Bench()
+    bench.send(PrepareFailed(bench.job.request + 1, "job", "of another time"))
+    assert bench.job.state == "STARTING"
 
 
 def test_a_job_waits_for_a_node_with_enough_slots_and_says_so() -> None:
@@ -276,7 +292,7 @@ def test_any_failed_with_a_wrapper_is_refused_with_what_to_do() -> None:
 
 def test_a_store_that_can_not_start_fails_the_job_with_its_reason() -> None:
     bench = Bench()
-    bench.send(StoreFailed(bench.job.request, "job", "port 29500 is in use"))
+    bench.send(PrepareFailed(bench.job.request, "job", "port 29500 is in use"))
     bench.all_stopped()
     assert (bench.job.state, bench.job.result) == ("FAILED", "port 29500 is in use")
 
@@ -337,7 +353,7 @@ def test_a_running_job_is_announced_again_and_no_worker_is_touched() -> None:
     (roster,) = to_the_lighthouse(bench.core.from_lighthouse(0.0, EventBeat(7, {}, {})), Roster)
     assert roster.running
     bench.hello()
-    assert bench.told(StopWorkers) == bench.told(PrepareStore) == []
+    assert bench.told(StopWorkers) == bench.told(PrepareJob) == []
     for rank in range(WORLD):
         bench.send(WorkerStarted(0, "job", 0, f"job/{rank}", f"g0r{rank}", 100 + rank, 0.0, ""))
     assert (bench.job.sentence, len(bench.job.processes)) == ("runs", WORLD)
@@ -382,7 +398,7 @@ def test_what_was_begun_is_finished(state: str) -> None:
     restarted(bench)
     bench.hello()
     if state == "STARTING":
-        assert bench.told(PrepareStore)[0].request == bench.job.request
+        assert bench.told(PrepareJob)[0].request == bench.job.request
         return
     (order,) = bench.told(StopWorkers)
     assert order.final is (state == "STOPPING")

@@ -704,15 +704,19 @@ class LighthouseStatus(Message, frozen=True):
 # --- agent and coordinator ---------------------------------------------------------------------------------
 
 
-class PrepareStore(Message, frozen=True):
-    """Reserve MASTER_PORT and start the TCPStore service on MASTER_PORT+2 of this node (D8)."""
+class PrepareJob(Message, frozen=True):
+    """Start the job's keeper, which imports torch for seconds, ahead of the roster.
+
+    With ``store`` also reserve MASTER_PORT and start the TCPStore service on MASTER_PORT+2 of this node (D8), and
+    answer once it listens.
+    """
 
     type_id = 50
     direction = "coordinator -> agent"
-    answer = "StoreReady | StoreFailed"
+    answer = "StoreReady | PrepareFailed"
     request: Count
-    generation: Count
     spec: JobSpec
+    store: bool
 
 
 class StoreReady(Message, frozen=True):
@@ -727,8 +731,8 @@ class StoreReady(Message, frozen=True):
     store: StoreAddress
 
 
-class StoreFailed(Message, frozen=True):
-    """The TCPStore service could not be started; ``reason`` says what to do."""
+class PrepareFailed(Message, frozen=True):
+    """The keeper or the TCPStore service could not be started; ``reason`` says what to do."""
 
     type_id = 52
     direction = "agent -> coordinator"

@@ -32,7 +32,8 @@ from seamark.protocol.messages import (
     MemberStarted,
     MemberStuck,
     Message,
-    PrepareStore,
+    PrepareFailed,
+    PrepareJob,
     QuorumAnswer,
     QuorumEvent,
     QuorumReset,
@@ -42,7 +43,6 @@ from seamark.protocol.messages import (
     SnapshotRequest,
     StopWorkers,
     StoreAddress,
-    StoreFailed,
     StoreLost,
     StoreReady,
     Timeline,
@@ -103,6 +103,12 @@ class SignalWorker(Struct, frozen=True):
     signum: int
 
 
+class StartKeeper(Struct, frozen=True):
+    """Have a keeper for this job, which imports torch ahead of the workers."""
+
+    job: str
+
+
 class StartStore(Struct, frozen=True):
     """Have the keeper start the TCPStore service; ``fixed`` is the port a person asked for, else 0."""
 
@@ -141,6 +147,7 @@ Effect: TypeAlias = (
     | TellWorkers
     | StartWorker
     | SignalWorker
+    | StartKeeper
     | StartStore
     | Remember
     | ForgetExit
@@ -181,7 +188,7 @@ class Job(Struct):
     """Likewise."""
     allowance: int = 0
     store: StoreAddress = field(default_factory=StoreAddress)
-    store_request: int = 0
+    prepare_request: int = 0
     store_incarnation: str = ""
     master_port: int = 0
     stopping: StopWorkers | None = None
@@ -220,8 +227,8 @@ class Agent:
             case Acknowledged():
                 report = self._reports.pop(message.request, None)
                 return self._exit_known(report.effect.message) if report else []
-            case PrepareStore():
-                return self._prepare_store(message)
+            case PrepareJob():
+                return self._prepare(message)
             case Roster():
                 return self._roster(now, message)
             case StopWorkers():
@@ -238,10 +245,14 @@ class Agent:
             return []
         return [ForgetExit(report.job, report.member, report.incarnation), Remember(report.job)]
 
-    def _prepare_store(self, order: PrepareStore) -> list[Effect]:
+    def _prepare(self, order: PrepareJob) -> list[Effect]:
         """The same order of a coordinator that was started anew has another request number."""
         job = self.jobs.setdefault(order.spec.name, Job(order.spec.name, order.spec))
-        job.store_request = order.request
+        job.prepare_request = order.request
+        if job.ended:
+            return []
+        if not order.store:
+            return [StartKeeper(job.name)]
         if job.store.port:
             return [ToCoordinator(self._store_ready(job))]
         if job.store_incarnation:
@@ -250,7 +261,7 @@ class Agent:
         return [Remember(job.name), StartStore(job.name, job.store_incarnation, order.spec.master_port)]
 
     def _store_ready(self, job: Job) -> StoreReady:
-        return StoreReady(job.store_request, job.name, job.store.host, job.master_port, job.store)
+        return StoreReady(job.prepare_request, job.name, job.store.host, job.master_port, job.store)
 
     def _roster(self, now: float, roster: Roster) -> list[Effect]:
         job = self.jobs.setdefault(roster.job, Job(roster.job, roster.spec))
@@ -305,10 +316,16 @@ class Agent:
         job.master_port = master_port
         return [Remember(job_name), ToCoordinator(self._store_ready(job))]
 
-    def store_failed(self, job_name: str, reason: str) -> list[Effect]:
-        """The TCPStore service could not be started."""
-        job = self.jobs[job_name]
-        return [ToCoordinator(StoreFailed(job.store_request, job_name, reason))]
+    def prepare_failed(self, job_name: str, reason: str) -> list[Effect]:
+        """The keeper or the TCPStore service could not be started; tried again if the order is repeated."""
+        job = self.jobs.get(job_name)
+        if job is None:
+            return []
+        job.store_incarnation = ""
+        return [
+            Remember(job_name),
+            ToCoordinator(PrepareFailed(job.prepare_request, job_name, f"node {self.node}: {reason}")),
+        ]
 
     def store_exited(self, job_name: str) -> list[Effect]:
         """The TCPStore service died: a new one on the same port, at once."""
@@ -613,6 +630,8 @@ class Agent:
             worker.pid, worker.forked_at = known.get(worker.incarnation, (worker.pid, worker.forked_at))
             if worker.incarnation not in known and not worker.ordered and not worker.lost:
                 effects.append(StartWorker(job.name, worker.member, worker.incarnation))
+        if job.store_incarnation and not job.store.port and job.store_incarnation not in known:
+            effects.append(StartStore(job.name, job.store_incarnation, job.spec.master_port))
         if job.stopping is not None:
             order = job.stopping
             effects.append(StopJobHere(job.name, order.generation, order.grace, order.final))

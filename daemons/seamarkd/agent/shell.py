@@ -40,6 +40,7 @@ from seamarkd.agent.core import (
     Job,
     Remember,
     SignalWorker,
+    StartKeeper,
     StartStore,
     StartWorker,
     StopJobHere,
@@ -49,7 +50,7 @@ from seamarkd.agent.core import (
     ToWorker,
 )
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
-from seamarkd.agent.keeper_client import Process as Exited
+from seamarkd.agent.keeper_client import Process as KeeperProcess
 from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.ports import STORE_OFFSET, PortsTaken, candidates
 from seamarkd.agent.watch import DeathWatch, How
@@ -88,6 +89,8 @@ class Kept(Struct):
     ended: set[str] = field(default_factory=set)
     """Exits that were reported before the answer to the start."""
     store: str = ""
+    adopted: bool = False
+    """An earlier agent started the keeper: it ends when it is told to, not when this agent gives up connecting."""
     ending: bool = False
     steps: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
 
@@ -183,27 +186,39 @@ class AgentShell:
             channel.close()
 
     async def _adopt(self, remembered: Remembered) -> None:
-        job = remembered.job
-        try:
-            keeper = await KeeperClient.connect(
+        job = self.core.jobs[remembered.job.name] = remembered.job
+        connecting = self._loop.create_task(
+            KeeperClient.connect(
                 remembered.keeper,
                 epoch=self._epoch,
                 on_exited=lambda process: self._exited(job.name, process),
                 on_closed=lambda why: self._lost_keeper(job.name, why),
             )
+        )
+        kept = self._kept[job.name] = Kept(connecting, remembered.keeper, store=job.store_incarnation, adopted=True)
+        work = self._take_up(job, kept)
+        if any(worker.pid for worker in (*job.workers.values(), *job.exited.values())):
+            await work
+        else:
+            # Its keeper may still import torch, for seconds in which the other jobs' workers want their agent.
+            self._spawn(work)
+
+    async def _take_up(self, job: Job, kept: Kept) -> None:
+        try:
+            keeper = await kept.keeper
             processes = await keeper.list_processes()
         except KeeperError as error:
             log.error("job %s: its keeper is gone (%s), and with it the exit statuses of its workers", job.name, error)
+            del self._kept[job.name]
             self._without_keeper(job)
             return
-        connected: asyncio.Future[KeeperClient] = self._loop.create_future()
-        connected.set_result(keeper)
-        kept = self._kept[job.name] = Kept(connected, remembered.keeper, store=job.store_incarnation)
         ended: list[Held] = []
         for held in processes:
             process = held.process
             if process.slot == STORE_SLOT or process.status is not None:
                 ended.append(held)
+                if process.incarnation == job.store_incarnation and process.status is None and not job.store.port:
+                    self._store_listens(job.name, process)
                 continue
             page = ProgressPage(held.page)
             watch = self._watch(job.name, held, page)
@@ -231,7 +246,8 @@ class AgentShell:
             if worker.pid and runs_since(worker.pid, worker.forked_at):
                 os.kill(worker.pid, signal.SIGKILL)
         job.store = StoreAddress()
-        job.store_incarnation = ""
+        if job.roster is not None:
+            job.store_incarnation = ""
         known = {one.incarnation: (one.pid, one.forked_at) for one in (*job.workers.values(), *job.exited.values())}
         now = time.monotonic()
         self._perform(self.core.adopt(now, job, known))
@@ -300,6 +316,8 @@ class AgentShell:
                     self._spawn(self._start_worker(effect))
                 case SignalWorker(job, _, incarnation, signum):
                     self._spawn(self._signal(job, incarnation, signum))
+                case StartKeeper():
+                    self._spawn(self._start_keeper(effect))
                 case StartStore():
                     self._spawn(self._start_store(effect))
                 case Remember(job):
@@ -329,12 +347,17 @@ class AgentShell:
     def _keeper(self, job: str) -> Kept:
         kept = self._kept.get(job)
         if kept is None:
-            spec = self.core.spec(job)
+            Path(self.core.spec(job).log_dir).mkdir(parents=True, exist_ok=True)
             socket = str(self._run_directory / f"keeper-{secrets.token_hex(3)}")
             kept = self._kept[job] = Kept(self._loop.create_task(self._spawn_keeper(job, socket)), socket)
-            Path(spec.log_dir).mkdir(parents=True, exist_ok=True)
             self._remember(job)
         return kept
+
+    async def _start_keeper(self, order: StartKeeper) -> None:
+        try:
+            await self._keeper(order.job).keeper
+        except (KeeperError, OSError) as error:
+            self._perform(self.core.prepare_failed(order.job, str(error)))
 
     async def _spawn_keeper(self, job: str, socket: str) -> KeeperClient:
         spec = self.core.spec(job)
@@ -377,7 +400,7 @@ class AgentShell:
             num_threads=threads_per_worker(roster.spec),
             module=roster.spec.module,
         )
-        if held.process.status is not None or order.incarnation in kept.ended:
+        if held.process.status is not None or order.incarnation in kept.ended or order.incarnation in kept.processes:
             kept.ended.discard(order.incarnation)
             held.close()
             return
@@ -396,7 +419,7 @@ class AgentShell:
         if how != "pidfd":
             self._perform(self.core.dying(time.monotonic(), job, incarnation, how, at))
 
-    def _exited(self, job: str, ended: Exited) -> None:
+    def _exited(self, job: str, ended: KeeperProcess) -> None:
         kept = self._kept.get(job)
         if kept is None or ended.status is None:
             return
@@ -442,19 +465,23 @@ class AgentShell:
         try:
             kept = self._keeper(order.job)
             keeper = await kept.keeper
-            port = await self._listen(keeper, order)
+            process = await self._listen(keeper, order)
         except (KeeperError, PortsTaken, OSError) as error:
-            self._perform(self.core.store_failed(order.job, str(error)))
+            self._perform(self.core.prepare_failed(order.job, str(error)))
             return
         kept.store = order.incarnation
         if again:
             self._perform(self.core.store_restarted(time.monotonic(), order.job, detected_at))
         else:
-            address = StoreAddress(self._host, port + STORE_OFFSET, order.incarnation)
-            self._perform(self.core.store_started(order.job, address, port))
+            self._store_listens(order.job, process)
 
-    async def _listen(self, keeper: KeeperClient, order: StartStore) -> int:
-        """Starts the store on the first free pair of ports; returns MASTER_PORT."""
+    def _store_listens(self, job: str, process: KeeperProcess) -> None:
+        assert process.port is not None
+        address = StoreAddress(self._host, process.port, process.incarnation)
+        self._perform(self.core.store_started(job, address, process.port - STORE_OFFSET))
+
+    async def _listen(self, keeper: KeeperClient, order: StartStore) -> KeeperProcess:
+        """Starts the store on the first free pair of ports."""
         spec = self.core.spec(order.job)
         again = self.core.jobs[order.job].master_port
         for port in [again] if again else candidates(self._host, order.fixed):
@@ -472,7 +499,7 @@ class AgentShell:
                     raise
                 continue
             held.close()
-            return port
+            return held.process
         raise PortsTaken(order.fixed, self._host)
 
     # --- the end -------------------------------------------------------------------------------------------
@@ -486,7 +513,7 @@ class AgentShell:
         self._perform(self.core.stopped(order.job))
 
     async def _end_job(self, job: str, kept: Kept, grace: float, *, final: bool = True) -> None:
-        if final and not kept.keeper.done():
+        if final and not kept.keeper.done() and not kept.adopted:
             # It imports torch, for seconds; it has no process yet.
             kept.ending = True
             kept.keeper.cancel()

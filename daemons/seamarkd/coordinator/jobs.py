@@ -32,7 +32,8 @@ from seamark.protocol.messages import (
     Message,
     NodeHello,
     NodeStatus,
-    PrepareStore,
+    PrepareFailed,
+    PrepareJob,
     QuorumEvent,
     Refused,
     Roster,
@@ -42,7 +43,6 @@ from seamark.protocol.messages import (
     StopJob,
     StopWorkers,
     StoreAddress,
-    StoreFailed,
     StoreReady,
     SubmitJob,
     Timeline,
@@ -211,7 +211,7 @@ class Coordinator:
             StopJob: self._stop_job,
             IncidentsRequest: self._incidents,
             StoreReady: self._store_ready,
-            StoreFailed: self._store_failed,
+            PrepareFailed: self._prepare_failed,
             WorkerStarted: self._worker_started,
             WorkerExited: self._worker_exited,
             WorkerRegistered: self._worker_registered,
@@ -257,7 +257,7 @@ class Coordinator:
         if job.state in ("STOPPING", "RESTARTING"):
             return self._to_node(node, self._stop_order(job, final=job.state == "STOPPING"))
         if not job.store.port:
-            return self._to_node(node, self._prepare_order(job)) if node == job.slots[0].node else []
+            return self._prepare(job, node)
         if job.roster_request:
             return []  # it follows the lighthouse's acknowledgement
         return self._to_node(node, self._roster(now, job))
@@ -282,13 +282,14 @@ class Coordinator:
             return []
         job.slots = slots
         job.state = "STARTING"
-        job.sentence = "starts the store and the keeper (imports torch)"
+        job.sentence = "starts the keepers (they import torch) and the store"
         job.request = self._next()
-        return [_persist(job), *self._to_node(slots[0].node, self._prepare_order(job)), *self._tell(job)]
+        nodes = dict.fromkeys(slot.node for slot in slots)
+        prepare = [effect for node in nodes for effect in self._prepare(job, node)]
+        return [_persist(job), *prepare, *self._tell(job)]
 
-    @staticmethod
-    def _prepare_order(job: Job) -> PrepareStore:
-        return PrepareStore(job.request, max(job.generation, 0), job.spec)
+    def _prepare(self, job: Job, node: str) -> list[Effect]:
+        return self._to_node(node, PrepareJob(job.request, job.spec, store=node == job.slots[0].node))
 
     def _next(self) -> int:
         self._request += 1
@@ -425,9 +426,9 @@ class Coordinator:
         job.master_port = report.master_port
         return self._new_generation(now, job)
 
-    def _store_failed(self, now: float, route: bytes, report: StoreFailed) -> list[Effect]:
+    def _prepare_failed(self, now: float, route: bytes, report: PrepareFailed) -> list[Effect]:
         job = self.jobs.get(report.job)
-        if job is None or job.state in ENDED:
+        if job is None or job.state != "STARTING" or report.request != job.request:
             return []
         return self._end(now, job, "FAILED", report.reason)
 
