@@ -192,7 +192,7 @@ def test_stopping_leaves_nothing_behind(tmp_path: Path, signum: int, code: int) 
 
 def test_stopping_while_the_keeper_still_imports_leaves_nothing_behind(tmp_path: Path) -> None:
     with standalone(tmp_path, script=script(tmp_path, "print('never')")) as run:
-        wait_for("the keeper", lambda: "starts the store" in run.text())
+        wait_for("the keeper", lambda: "starts the keepers" in run.text())
         run.process.send_signal(signal.SIGINT)
         assert run.finish() == 130, run.text()
         assert "starts the workers" not in run.text(), "it waited for the import"

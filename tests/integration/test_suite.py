@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import secrets
@@ -217,12 +218,14 @@ def keepers(name: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[-2:] == ["--job", name]:
+            words = process.cmdline()
+            if ("--job", name) in itertools.pairwise(words) and "--socket" in words:
                 found.append(process)
     return sorted(found, key=lambda process: process.pid)
 
 
-def test_agents_killed_while_their_keepers_import_torch(cluster: Suite, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [0, 1])
+def test_agents_killed_while_their_keepers_import_torch(cluster: Suite, tmp_path: Path, killed: int) -> None:
     """One keeper goes with its agent; the job starts all the same, and once."""
     name = f"early-{secrets.token_hex(2)}"
     script = _touch(tmp_path)
@@ -230,7 +233,7 @@ def test_agents_killed_while_their_keepers_import_torch(cluster: Suite, tmp_path
         cluster.run(tmp_path / "r", *TWO_BY_TWO, "--max-restarts", "0", name=name, script=script)
     ) as run:
         wait_for("the keepers of both nodes", lambda: len(keepers(name)) == 2)
-        keepers(name)[0].kill()
+        keepers(name)[killed].kill()
         cluster.kill("agent-0", "agent-1")
         assert not (tmp_path / f"ran-{name}").is_file(), "the keepers had imported torch already"
         assert run.finish() == 0, run.text() + cluster.logs()
