@@ -33,4 +33,13 @@ class Probe(Struct, frozen=True):
     address: str
 
 
-Effect: TypeAlias = Send | Publish | Probe
+class ProbeMember(Struct, frozen=True):
+    """Connect to the address of a replica group's manager and say what happened."""
+
+    job: str
+    member: str
+    incarnation: str
+    address: str
+
+
+Effect: TypeAlias = Send | Publish | Probe | ProbeMember

@@ -115,7 +115,7 @@ class ProcessGroups:
         To be called by the main thread, after it was freed. What still refers to a group (a model wrapped in
         DistributedDataParallel, a traceback) keeps its thread and sockets until it is gone. The last reference is
         dropped on a thread of its own: Gloo's destructor joins threads, which takes milliseconds, and for ever when
-        Gloo forgot to wake one (see ``_end_reading``).
+        Gloo forgot to wake one (see ``end_reading``).
         """
         c10d: Any = sys.modules.get("torch.distributed.distributed_c10d")
         if c10d is not None:
@@ -135,7 +135,7 @@ class ProcessGroups:
         """Close the connections of earlier iterations, once every rank has left them.
 
         A peer that is still in the old iteration may be sending: it would find its connection broken, and Gloo
-        forgets such a send (see ``_end_reading``).
+        forgets such a send (see ``end_reading``).
         """
         with self._changed:
             held, self._held = self._held, []
@@ -183,23 +183,11 @@ class ProcessGroups:
         return count
 
     def _end_reading(self, connection: Socket) -> bool:
-        """Ends the connection for Gloo, and for nobody else before ``hang_up()``.
-
-        A send that fails because the connection has broken is forgotten by Gloo: its collective waits until the
-        group's timeout (gloo/transport/tcp/pair.cc: ``signalException`` tells the receives, and the sends not yet
-        begun). So nothing is broken: writing stays possible, and the duplicate keeps the connection whole for the
-        peer, which is in the same position, when Gloo closes its own descriptor.
-        """
-        try:
-            held = connection.duplicate()
-        except OSError:
+        held = end_reading(connection)
+        if held is None:
             return False
         with self._changed:
             self._held.append(held)
-        try:
-            held.shutdown(socket.SHUT_RD)
-        except OSError:
-            return False
         return True
 
 
@@ -218,6 +206,26 @@ def connect(host: str, port: int, timeout: float) -> tuple[Any, Socket]:
         new = [s for s in open_sockets() if s.inode not in before and (s.peer() or ("", 0))[1] == port]
         if len(new) == 1:
             return client, new[0]
+
+
+def end_reading(connection: Socket) -> socket.socket | None:
+    """Ends the connection for Gloo, and for nobody else before the duplicate that is returned is closed.
+
+    A send that fails because the connection has broken is forgotten by Gloo: its collective waits until the group's
+    timeout (gloo/transport/tcp/pair.cc: ``signalException`` tells the receives, and the sends not yet begun). So
+    nothing is broken: writing stays possible, and the duplicate keeps the connection whole for the peer, which is in
+    the same position, when Gloo closes its own descriptor. None for a connection that is gone.
+    """
+    try:
+        held = connection.duplicate()
+    except OSError:
+        return None
+    try:
+        held.shutdown(socket.SHUT_RD)
+    except OSError:
+        held.close()
+        return None
+    return held
 
 
 def _shut_down(connection: Socket) -> bool:

@@ -236,11 +236,12 @@ class Session:
 
     def _handle(self, message: Message) -> None:
         match message:
-            case FailureEvent():
+            case FailureEvent(group=group) if group == RANKS:
                 self._end(message.failure.iteration)
             case Snapshot():
                 for event in message.failures:
-                    self._end(event.failure.iteration)
+                    if event.group == RANKS:
+                        self._end(event.failure.iteration)
             case QuorumAnswer() | QuorumReset() | Completed():
                 mine = self._who.member
                 if any(one.member == mine and self._is_pending(one.request) for one in message.recipients):

@@ -7,7 +7,7 @@ A message is a frozen, typed struct that knows nothing of sockets, clocks or byt
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
@@ -28,6 +28,8 @@ Policy = Literal["replace", "any-failed", "min-healthy"]
 
 RANKS = "ranks"
 """The group whose members are the workers of a job."""
+REPLICAS = "replicas"
+"""The group whose members are replica groups, each with a ``seamark.Manager`` per rank."""
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,14 +114,34 @@ class Cause(Part, frozen=True):
     """Why a member was lost or faulted.
 
     ``kind``: exit (status is the code), signal (status is the signal's number), exception, store (the TCPStore
-    service was lost), node (its host was lost), stuck (it could not leave the function). ``communication`` marks an
-    exception that only says that a peer went away: evidence of another's failure, seldom a cause.
+    service was lost), node (its host was lost), stuck (it could not leave the function), heartbeat (it was not heard of
+    for the timeout), gone (its host lives and its process doesn't), left (it said goodbye), injected (a drill).
+    ``communication`` marks an exception that only says that a peer went away: evidence of another's failure, seldom a
+    cause.
     """
 
-    kind: Literal["exit", "signal", "exception", "store", "node", "stuck"]
+    kind: Literal["exit", "signal", "exception", "store", "node", "stuck", "heartbeat", "gone", "left", "injected"]
     status: int = 0
     text: Text = ""
     communication: bool = False
+
+
+class Replica(Part, frozen=True):
+    """A replica group as it joins and as a quorum lists it (torchft's quorum member).
+
+    ``address`` is where the manager of its rank 0 listens: for the group's other ranks, for whoever heals from it, and
+    for the lighthouse's probe. ``data`` is the caller's own.
+    """
+
+    replica_id: Name
+    incarnation: Name
+    address: Short
+    store_address: Short
+    step: Count
+    world_size: Annotated[int, Meta(ge=1, le=1_000_000)]
+    shrink_only: bool = False
+    commit_failures: Count = 0
+    data: Text = ""
 
 
 class Stamps(Part, frozen=True):
@@ -194,6 +216,8 @@ class Refused(Message, frozen=True):
         "POLICY",
         "READ_ONLY",
         "BAD_REQUEST",
+        "TIMEOUT",
+        "UNREACHABLE",
     ]
     reason: Text
     job: Short = ""
@@ -506,18 +530,72 @@ class EventBeat(Message, frozen=True):
     waiting: dict[str, Text]
 
 
+class RecoveredEvent(Message, frozen=True):
+    """A member whose failure was published is there again; ``incarnation`` is the one that came back."""
+
+    type_id = 36
+    direction = "lighthouse -> subscribers"
+    job: Name
+    group: Name
+    epoch: Count
+    sequence: Count
+    member: Name
+    incarnation: Name
+
+
+class ReplicaQuorumEvent(Message, frozen=True):
+    """A quorum of replica groups was answered."""
+
+    type_id = 37
+    direction = "lighthouse -> subscribers"
+    job: Name
+    group: Name
+    epoch: Count
+    sequence: Count
+    quorum_id: QuorumId
+    participants: list[Replica]
+    reason: Text
+
+
+class GroupMember(Part, frozen=True):
+    """A living member of a group. ``step`` is -1 where the group knows none; ``joined``: it waits for the quorum."""
+
+    member: Name
+    incarnation: Short
+    node: Short
+    beat_age: Duration
+    step: Annotated[int, Meta(ge=-1)]
+    joined: bool
+
+
+class GroupStatus(Part, frozen=True):
+    """A group as of now.
+
+    ``reason`` is the quorum's sentence. ``settled`` is false while a lighthouse that was started anew still waits to
+    hear from members it does not know. ``failures`` are those in force: of members that did not come back.
+    """
+
+    job: Name
+    group: Name
+    quorum_id: QuorumId
+    reason: Text
+    settled: bool
+    members: list[GroupMember]
+    failures: list[FailureEvent]
+
+
 class SnapshotRequest(Message, frozen=True):
     """After a gap, a new epoch or a fresh subscription: where does the job stand?"""
 
     type_id = 34
-    direction = "agent, coordinator -> lighthouse; worker -> agent"
+    direction = "agent, coordinator, subscriber -> lighthouse; worker -> agent"
     answer = "Snapshot | Refused"
     request: Count
     job: Name
 
 
 class Snapshot(Message, frozen=True):
-    """A job as of ``sequence``: its ring of failures, its last quorum, its end."""
+    """A job as of ``sequence``: its ring of failures, its last quorums, its end, its groups."""
 
     type_id = 35
     direction = "lighthouse -> whoever asked"
@@ -529,6 +607,167 @@ class Snapshot(Message, frozen=True):
     quorums: list[QuorumEvent]
     completed: bool
     reason: Text
+    recovered: list[RecoveredEvent] = []
+    groups: list[GroupStatus] = []
+
+
+# --- replica groups ----------------------------------------------------------------------------------------
+
+
+class ReplicaBeat(Message, frozen=True):
+    """The heartbeat of a replica group, by the manager of its rank 0. ``address``: see Replica."""
+
+    type_id = 60
+    direction = "manager -> lighthouse"
+    answer = "BeatAnswer | Refused"
+    job: Name
+    replica_id: Name
+    incarnation: Name
+    address: Short
+    sequence: Count
+    step: Count
+
+
+class ReplicaJoin(Message, frozen=True):
+    """A replica group asks for the next quorum and waits; asking is a heartbeat.
+
+    ``quorum_id`` and ``quorum_members`` are of its last quorum, as in Join. ``min_members`` and ``join_timeout`` (-1:
+    the lighthouse's) are the limits it asks for, the same for all who wait; with ``target_members`` (0: none) joined
+    the quorum waits for nobody else.
+    """
+
+    type_id = 61
+    direction = "manager -> lighthouse"
+    answer = "ReplicaQuorum | QuorumReset | Refused"
+    job: Name
+    request: Count
+    replica: Replica
+    quorum_id: QuorumId
+    quorum_members: list[Name]
+    min_members: Count = 0
+    target_members: Count = 0
+    join_timeout: Moment = -1.0
+
+
+class ReplicaQuorum(Message, frozen=True):
+    """The quorum, once per connection; participants sorted by id."""
+
+    type_id = 62
+    direction = "lighthouse -> manager"
+    job: Name
+    recipients: list[Recipient]
+    quorum_id: QuorumId
+    participants: list[Replica]
+
+
+class ReplicaWithdraw(Message, frozen=True):
+    """The caller gave up waiting: the request with this number counts no longer."""
+
+    type_id = 63
+    direction = "manager -> lighthouse"
+    job: Name
+    replica_id: Name
+    incarnation: Name
+    request: Count
+
+
+class ReplicaLeave(Message, frozen=True):
+    """A replica group ends in good order: the others need not wait for its silence."""
+
+    type_id = 64
+    direction = "manager -> lighthouse"
+    answer = "Acknowledged"
+    job: Name
+    request: Count
+    replica_id: Name
+    incarnation: Name
+    reason: Text
+
+
+class RankJoin(Message, frozen=True):
+    """A rank of a replica group asks its manager for the next quorum; asked of the lighthouse once all ranks did.
+
+    ``state_address`` is where this rank's state can be fetched. Limits as in ReplicaJoin; ``timeout`` is the caller's.
+    """
+
+    type_id = 66
+    direction = "rank -> its manager"
+    answer = "RankQuorum | Refused"
+    request: Count
+    group_rank: Count
+    step: Count
+    state_address: Short
+    shrink_only: bool
+    commit_failures: Count
+    min_members: Count
+    target_members: Count
+    join_timeout: Moment
+    timeout: Duration
+    data: Text = ""
+
+
+class RankQuorum(Message, frozen=True):
+    """The quorum that the replica group is in."""
+
+    type_id = 67
+    direction = "manager -> rank"
+    request: Count
+    quorum_id: QuorumId
+    participants: list[Replica]
+
+
+class CommitVote(Message, frozen=True):
+    """A rank's vote on this step of this quorum: may its replica group commit it?"""
+
+    type_id = 68
+    direction = "rank -> its manager"
+    answer = "CommitDecision | Refused"
+    request: Count
+    group_rank: Count
+    quorum_id: QuorumId
+    step: Count
+    commit: bool
+    timeout: Duration
+
+
+class CommitDecision(Message, frozen=True):
+    """All ranks of the replica group voted: ``commit`` if all were for it."""
+
+    type_id = 69
+    direction = "manager -> rank"
+    request: Count
+    commit: bool
+
+
+class StateAddressRequest(Message, frozen=True):
+    """A rank that heals asks another replica group's manager: where does my counterpart offer its state?"""
+
+    type_id = 70
+    direction = "rank -> another manager"
+    answer = "StateAddress | Refused"
+    request: Count
+    group_rank: Count
+
+
+class StateAddress(Message, frozen=True):
+    """Where that rank's state can be fetched."""
+
+    type_id = 71
+    direction = "manager -> rank"
+    request: Count
+    address: Short
+
+
+class InjectFailure(Message, frozen=True):
+    """A drill: have this member's failure published, as if its heartbeats had stopped."""
+
+    type_id = 65
+    direction = "operator -> lighthouse"
+    answer = "Acknowledged | Refused"
+    request: Count
+    job: Name
+    group: Name
+    member: Name
 
 
 # --- jobs --------------------------------------------------------------------------------------------------
@@ -695,6 +934,7 @@ class LighthouseStatus(Message, frozen=True):
     nodes: list[NodeHealth]
     waiting: dict[str, Text]
     """By job: what its quorum waits for."""
+    groups: list[GroupStatus]
     dropped: dict[str, int]
     """Frames that were no message, by reason."""
     wall_clock: Moment
@@ -842,6 +1082,9 @@ def _all(cls: type[Message]) -> dict[int, type[Message]]:
         found[sub.type_id] = sub
     return found
 
+
+Event: TypeAlias = FailureEvent | QuorumEvent | CompletedEvent | RecoveredEvent | ReplicaQuorumEvent
+"""What is published of a job and numbered: whoever follows a job reads all of them, and acts on those it knows."""
 
 TYPES: dict[int, type[Message]] = _all(Message)
 """Message types by the number that stands in the header."""

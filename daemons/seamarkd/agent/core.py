@@ -21,7 +21,7 @@ from seamark.protocol.messages import (
     Cause,
     Complete,
     Completed,
-    CompletedEvent,
+    Event,
     EventBeat,
     FailureEvent,
     JobSpec,
@@ -35,7 +35,6 @@ from seamark.protocol.messages import (
     PrepareFailed,
     PrepareJob,
     QuorumAnswer,
-    QuorumEvent,
     QuorumReset,
     Refused,
     Roster,
@@ -566,7 +565,7 @@ class Agent:
             effects.append(Remember(job.name))
         return [*effects, *(ToWorker(one.incarnation, message) for one in message.recipients)]
 
-    def heard(self, message: FailureEvent | QuorumEvent | CompletedEvent | EventBeat | Snapshot) -> list[Effect]:
+    def heard(self, message: Event | EventBeat | Snapshot) -> list[Effect]:
         """What follows from what the lighthouse publishes: failures go to the workers at once, gaps are filled."""
         if self._cursor.turn(message.epoch) == "old":
             return []

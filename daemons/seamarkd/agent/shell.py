@@ -19,13 +19,11 @@ from seamark.progress import ProgressPage
 from seamark.protocol.messages import (
     Beat,
     BeatAnswer,
-    CompletedEvent,
+    Event,
     EventBeat,
-    FailureEvent,
     JobProgress,
     Message,
     NodeHello,
-    QuorumEvent,
     Snapshot,
     SnapshotRequest,
     StoreAddress,
@@ -290,7 +288,7 @@ class AgentShell:
         self._perform(self.core.from_coordinator(time.monotonic(), message))
 
     def _on_event(self, topic: bytes, message: Message) -> None:
-        if isinstance(message, FailureEvent | QuorumEvent | CompletedEvent | EventBeat):
+        if isinstance(message, Event | EventBeat):
             self._perform(self.core.heard(message))
 
     def _tell_workers(self, job: str, message: Message) -> None:

@@ -13,12 +13,14 @@ from typing import Any, Literal, TypeAlias
 from msgspec import Struct, field
 
 from seamark.protocol.messages import (
+    RANKS,
     AbortJob,
     Acknowledged,
     Beat,
     BeatAnswer,
     CompletedEvent,
     CoordinatorStatus,
+    Event,
     EventBeat,
     FailureEvent,
     FollowJob,
@@ -35,7 +37,9 @@ from seamark.protocol.messages import (
     PrepareFailed,
     PrepareJob,
     QuorumEvent,
+    RecoveredEvent,
     Refused,
+    ReplicaQuorumEvent,
     Roster,
     Slot,
     Snapshot,
@@ -463,7 +467,7 @@ class Coordinator:
     def from_lighthouse(self, now: float, message: Message) -> list[Effect]:
         """What follows from an answer or an event of the lighthouse."""
         effects: list[Effect] = []
-        if isinstance(message, FailureEvent | QuorumEvent | CompletedEvent | EventBeat | Snapshot):
+        if isinstance(message, Event | EventBeat | Snapshot):
             turn = self._cursor.turn(message.epoch)
             if turn == "old":
                 return []
@@ -472,7 +476,7 @@ class Coordinator:
         match message:
             case Acknowledged():
                 effects += self._roster_taken(now, message)
-            case FailureEvent() | QuorumEvent() | CompletedEvent():
+            case FailureEvent() | QuorumEvent() | CompletedEvent() | RecoveredEvent() | ReplicaQuorumEvent():
                 job = self.jobs.get(message.job)
                 if job is not None:
                     effects += self._in_order(job, message)
@@ -485,7 +489,7 @@ class Coordinator:
                 pass
         return effects
 
-    def _in_order(self, job: Job, event: FailureEvent | QuorumEvent | CompletedEvent) -> list[Effect]:
+    def _in_order(self, job: Job, event: Event) -> list[Effect]:
         """An event after a gap waits for the snapshot that fills it: a quorum closes the incident of its failure."""
         position = self._cursor.position(event.job)
         if event.sequence <= position:
@@ -495,9 +499,10 @@ class Coordinator:
         self._cursor.advance(event.job, event.sequence)
         return self._event(job, event)
 
-    def _event(self, job: Job, event: FailureEvent | QuorumEvent | CompletedEvent) -> list[Effect]:
+    def _event(self, job: Job, event: Event) -> list[Effect]:
+        """Replica groups are in nobody's roster: what becomes of them changes nothing here."""
         match event:
-            case FailureEvent():
+            case FailureEvent(group=group) if group == RANKS:
                 return self._failure(job, event)
             case QuorumEvent():
                 return self._quorum(job, event)

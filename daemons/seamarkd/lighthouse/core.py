@@ -16,6 +16,7 @@ from seamark.protocol.messages import (
     BeatAnswer,
     Complete,
     EventBeat,
+    InjectFailure,
     Join,
     LastQuorum,
     LighthouseStatus,
@@ -26,6 +27,10 @@ from seamark.protocol.messages import (
     NodeHealth,
     NodeHello,
     Refused,
+    ReplicaBeat,
+    ReplicaJoin,
+    ReplicaLeave,
+    ReplicaWithdraw,
     Roster,
     SnapshotRequest,
     StoreLost,
@@ -35,6 +40,7 @@ from seamarkd.effects import Effect, Send
 from seamarkd.lighthouse.events import EventLog
 from seamarkd.lighthouse.group import Group
 from seamarkd.lighthouse.nodes import BEAT_INTERVAL, NodeWatch, ProbeResult
+from seamarkd.lighthouse.replicas import ReplicaGroup, ReplicaOptions
 
 EPOCH_SHIFT = 32
 
@@ -44,12 +50,18 @@ class Lighthouse:
 
     Args:
         epoch: rises with every start of the daemon; the upper half of its quorum ids.
+        started: when it began to serve, seconds.
+        options: its limits for replica groups.
     """
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, started: float = 0.0, options: ReplicaOptions | None = None) -> None:
         self.epoch = epoch
         self.nodes = NodeWatch()
         self.groups: dict[str, Group] = {}
+        self.replicas: dict[str, ReplicaGroup] = {}
+        self._options = options or ReplicaOptions()
+        # In its first start there is nobody who was there before.
+        self._settles_at = started + (self._options.heartbeat_timeout if epoch > 1 else 0.0)
         self._events: dict[str, EventLog] = {}
         self._handlers: dict[type[Message], Callable[[float, bytes, Any], list[Effect]]] = {
             NodeHello: self._hello,
@@ -63,6 +75,11 @@ class Lighthouse:
             Join: self._request,
             Complete: self._request,
             SnapshotRequest: self._snapshot,
+            ReplicaBeat: self._replica_beat,
+            ReplicaJoin: self._replica_join,
+            ReplicaLeave: self._replica_leave,
+            ReplicaWithdraw: self._replica_withdraw,
+            InjectFailure: self._inject,
         }
 
     def handle(self, now: float, route: bytes, message: Message) -> list[Effect]:
@@ -82,7 +99,22 @@ class Lighthouse:
         for group in self.groups.values():
             if group.waits:
                 effects += group.tick(now)
+        for job, replicas in list(self.replicas.items()):
+            effects += replicas.tick(now)
+            if replicas.empty:
+                del self.replicas[job]
         return effects
+
+    def late(self, now: float, seconds: float) -> None:
+        """This lighthouse's own loop ran late: its pause is nobody's death."""
+        self.nodes.late(seconds)
+        for replicas in self.replicas.values():
+            replicas.excuse(now, seconds)
+
+    def member_probed(self, now: float, job: str, member: str, incarnation: str, result: ProbeResult) -> list[Effect]:
+        """What came of a probe of a replica group's manager."""
+        replicas = self.replicas.get(job)
+        return replicas.probed(now, member, incarnation, result) if replicas else []
 
     def probed(self, node: str, incarnation: str, result: ProbeResult) -> None:
         """What came of a probe."""
@@ -91,8 +123,10 @@ class Lighthouse:
     def event_beat(self) -> EventBeat:
         """The idle beat: the latest sequence number of every job, and what its members wait for."""
         latest = {job: events.sequence for job, events in self._events.items()}
-        waiting = {job: group.reason for job, group in self.groups.items() if group.waits}
-        return EventBeat(self.epoch, latest, waiting)
+        return EventBeat(self.epoch, latest, self._waiting())
+
+    def _waiting(self) -> dict[str, str]:
+        return {job: group.reason for job, group in self.groups.items() if group.waits}
 
     def status(self, now: float, request: int) -> LighthouseStatus:
         """What this lighthouse knows, for people; the shell adds what it knows of its process."""
@@ -107,7 +141,11 @@ class Lighthouse:
                 NodeHealth(node.name, max(0.0, now - node.last_beat), node.verdict)
                 for node in self.nodes.nodes.values()
             ],
-            waiting={job: group.reason for job, group in self.groups.items() if group.waits},
+            waiting=self._waiting(),
+            groups=[
+                *(group.status(now) for group in self.groups.values()),
+                *(group.status(now) for group in self.replicas.values()),
+            ],
             dropped={},
             wall_clock=-1.0,
         )
@@ -125,8 +163,7 @@ class Lighthouse:
     def _roster(self, now: float, route: bytes, roster: Roster) -> list[Effect]:
         group = self.groups.get(roster.job)
         if group is None:
-            events = self._events.setdefault(roster.job, EventLog(roster.job, self.epoch))
-            floor = self.epoch << EPOCH_SHIFT
+            events, floor = self._log(roster.job), self.epoch << EPOCH_SHIFT
             group = self.groups[roster.job] = Group(roster.job, RANKS, events, floor, self.nodes.last_beat)
         return [*group.set_roster(now, roster), Send(route, Acknowledged(roster.request))]
 
@@ -164,12 +201,55 @@ class Lighthouse:
         return group.complete(now, route, request)
 
     def _snapshot(self, now: float, route: bytes, request: SnapshotRequest) -> list[Effect]:
-        group = self.groups.get(request.job)
+        group, replicas = self.groups.get(request.job), self.replicas.get(request.job)
+        events = self._events.get(request.job)
+        if events is None:
+            return [Send(route, _unknown_job(request.request, request.job))]
+        snapshot = events.snapshot(
+            request.request,
+            completed=group is not None and group.done,
+            reason=group.reason if group else replicas.reason if replicas else "",
+            groups=[one.status(now) for one in (group, replicas) if one is not None],
+        )
+        return [Send(route, snapshot)]
+
+    def _log(self, job: str) -> EventLog:
+        return self._events.setdefault(job, EventLog(job, self.epoch))
+
+    # --- replica groups ------------------------------------------------------------------------------------
+
+    def _replica_group(self, job: str) -> ReplicaGroup:
+        group = self.replicas.get(job)
+        if group is None:
+            floor = self.epoch << EPOCH_SHIFT
+            group = self.replicas[job] = ReplicaGroup(job, self._log(job), floor, self._settles_at, self._options)
+        return group
+
+    def _replica_beat(self, now: float, route: bytes, beat: ReplicaBeat) -> list[Effect]:
+        return self._replica_group(beat.job).beat(now, route, beat)
+
+    def _replica_join(self, now: float, route: bytes, request: ReplicaJoin) -> list[Effect]:
+        return self._replica_group(request.job).join(now, route, request)
+
+    def _replica_leave(self, now: float, route: bytes, request: ReplicaLeave) -> list[Effect]:
+        group = self.replicas.get(request.job)
+        return group.leave(now, route, request) if group else [Send(route, Acknowledged(request.request))]
+
+    def _replica_withdraw(self, now: float, route: bytes, request: ReplicaWithdraw) -> list[Effect]:
+        group = self.replicas.get(request.job)
+        if group is not None:
+            group.withdraw(request)
+        return []
+
+    def _inject(self, now: float, route: bytes, request: InjectFailure) -> list[Effect]:
+        group: Group | ReplicaGroup | None = (self.groups if request.group == RANKS else self.replicas).get(request.job)
         if group is None:
             return [Send(route, _unknown_job(request.request, request.job))]
-        events = self._events[request.job]
-        snapshot = events.snapshot(request.request, completed=group.done, reason=group.reason)
-        return [Send(route, snapshot)]
+        effects = group.inject(now, request.member)
+        if effects is None:
+            sentence = f"{request.member} is no living member of group {request.group} of job {request.job}"
+            return [Send(route, Refused(request.request, "UNKNOWN_MEMBER", sentence, request.job, request.member))]
+        return [*effects, Send(route, Acknowledged(request.request))]
 
 
 def _unknown_job(request: int, job: str, member: str = "") -> Refused:

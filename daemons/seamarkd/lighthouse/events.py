@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from collections import deque
 
-from seamark.protocol.messages import CompletedEvent, Failure, FailureEvent, Member, QuorumEvent, Snapshot
+from seamark.protocol.messages import (
+    CompletedEvent,
+    Failure,
+    FailureEvent,
+    GroupStatus,
+    Member,
+    QuorumEvent,
+    RecoveredEvent,
+    Replica,
+    ReplicaQuorumEvent,
+    Snapshot,
+)
 
 RING = 4_096
 QUORUMS_KEPT = 64
@@ -23,6 +34,7 @@ class EventLog:
         self.sequence = 0
         self.failures: deque[FailureEvent] = deque(maxlen=RING)
         self.quorums: deque[QuorumEvent] = deque(maxlen=QUORUMS_KEPT)
+        self.recoveries: deque[RecoveredEvent] = deque(maxlen=RING)
 
     def failure(self, group: str, failure: Failure) -> FailureEvent:
         """The event of this failure, numbered."""
@@ -68,7 +80,21 @@ class EventLog:
         self.sequence += 1
         return CompletedEvent(self.job, group, self.epoch, self.sequence)
 
-    def snapshot(self, request: int, *, completed: bool, reason: str) -> Snapshot:
+    def recovered(self, group: str, member: str, incarnation: str) -> RecoveredEvent:
+        """The event of a failed member's return, numbered."""
+        self.sequence += 1
+        event = RecoveredEvent(self.job, group, self.epoch, self.sequence, member, incarnation)
+        self.recoveries.append(event)
+        return event
+
+    def replica_quorum(
+        self, group: str, quorum_id: int, participants: list[Replica], reason: str
+    ) -> ReplicaQuorumEvent:
+        """The event of this answered quorum of replica groups, numbered."""
+        self.sequence += 1
+        return ReplicaQuorumEvent(self.job, group, self.epoch, self.sequence, quorum_id, participants, reason)
+
+    def snapshot(self, request: int, *, completed: bool, reason: str, groups: list[GroupStatus]) -> Snapshot:
         """The job as of now."""
         return Snapshot(
             request,
@@ -79,4 +105,6 @@ class EventLog:
             list(self.quorums),
             completed,
             reason,
+            list(self.recoveries),
+            groups,
         )

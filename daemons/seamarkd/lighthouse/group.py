@@ -21,6 +21,9 @@ from seamark.protocol.messages import (
     Complete,
     Completed,
     Failure,
+    FailureEvent,
+    GroupMember,
+    GroupStatus,
     Join,
     LastQuorum,
     Member,
@@ -133,6 +136,8 @@ class Group:
         self._unheard_until = 0.0
         self._deferred: dict[str, MemberLost | StoreLost] = {}
         self._dead: set[str] = set()
+        self._in_force: dict[str, FailureEvent] = {}
+        """By member: the failures that no quorum was answered after."""
 
     # --- membership ----------------------------------------------------------------------------------------
 
@@ -271,7 +276,7 @@ class Group:
             self._incident = Incident(self.iteration, published=True, hold_until=now)
         else:
             incident.published = True
-        effects: list[Effect] = [Publish(self.job, self._events.failure(self.name, failure))]
+        effects = [self._publish(failure)]
         if opens or was_counted_on:
             effects += self._reset(f"{report.member} was lost")
         return effects + self.answer_if_ready(now)
@@ -461,6 +466,7 @@ class Group:
         if incident is not None and not incident.published:
             effects += self._publish_held(incident)
         self._incident = None
+        self._in_force.clear()
         self.iteration = iteration
         self.restarts = restarts
         self._previous = PreviousQuorum(quorum_id, frozenset(chosen))
@@ -508,6 +514,34 @@ class Group:
                 beats[member] = max(joined[0].since if joined else -1.0, at if at is not None else -1.0)
         return {member: at for member, at in beats.items() if at >= 0}
 
+    def status(self, now: float) -> GroupStatus:
+        """The group as of now."""
+        beats = self._heartbeats(now)
+        return GroupStatus(
+            job=self.job,
+            group=self.name,
+            quorum_id=self._previous.quorum_id if self._previous else 0,
+            reason=self.reason,
+            settled=not self.recalling and all(state.incarnation for state in self.members.values() if not state.lost),
+            members=[
+                GroupMember(
+                    member, state.incarnation, state.slot.node, max(0.0, now - beats.get(member, now)), -1, joined
+                )
+                for member, state in self.members.items()
+                if state.alive
+                for joined in [member in self._joins]
+            ],
+            failures=list(self._in_force.values()),
+        )
+
+    def inject(self, now: float, member: str) -> list[Effect] | None:
+        """A drill: the member's failure is published, and it joins again; None for a stranger."""
+        state = self.members.get(member)
+        if state is None or not state.alive:
+            return None
+        cause = Cause(kind="injected", text="injected failure")
+        return self.faulted(now, MemberFaulted(self.job, member, state.incarnation, self.iteration, cause, now))
+
     # --- incidents -----------------------------------------------------------------------------------------
 
     def _fault(self, now: float, failure: Failure) -> list[Effect]:
@@ -520,12 +554,15 @@ class Group:
             incident.consequences.append(failure)
             return []
         incident.published = True
-        event = self._events.failure(self.name, failure)
-        return [Publish(self.job, event), *self._reset(f"{failure.member} failed"), *self.answer_if_ready(now)]
+        return [self._publish(failure), *self._reset(f"{failure.member} failed"), *self.answer_if_ready(now)]
 
     def _publish_held(self, incident: Incident) -> list[Effect]:
         incident.published = True
-        return [Publish(self.job, self._events.failure(self.name, incident.consequences.pop(0)))]
+        return [self._publish(incident.consequences.pop(0))]
+
+    def _publish(self, failure: Failure) -> Effect:
+        event = self._in_force[failure.member] = self._events.failure(self.name, failure)
+        return Publish(self.job, event)
 
     def _reset(self, why: str) -> list[Effect]:
         """Clears the participants (rule of the failure tick) and tells each waiting caller at once."""

@@ -32,6 +32,8 @@ class QuorumOptions(Struct, frozen=True):
     min_members: int = 1
     join_timeout: float = 60.0
     heartbeat_timeout: float = 5.0
+    target_members: int = 0
+    """As soon as so many joined, nobody else is waited for; 0: no such number (ours, D14)."""
 
 
 class Participant(Struct, frozen=True):
@@ -102,13 +104,25 @@ def compute_quorum(
     def decide(members: list[str] | None, kind: Kind, sentence: str) -> Decision:
         return Decision(members, kind, f"{sentence} {state}", len(joined), len(participants), len(healthy), shrink_only)
 
-    if previous is not None and previous.members and all(member in joined for member in previous.members):
+    if (
+        previous is not None
+        and previous.members
+        and all(member in joined for member in previous.members)
+        and (not shrink_only or len(candidates) >= options.min_members)
+    ):
         return decide(candidates, "fast_quorum", "every member of the previous quorum has joined again")
     if len(joined) < options.min_members:
         return decide(
             None,
             "below_min_replicas",
             f"New quorum not ready, only have {len(joined)} participants, need min_replicas {options.min_members}",
+        )
+    if len(candidates) < options.min_members:
+        return decide(
+            None,
+            "below_min_replicas",
+            f"New quorum not ready, only {len(candidates)} members of the previous quorum have joined (shrink_only), "
+            f"need min_replicas {options.min_members}",
         )
     if len(joined) <= len(healthy) // 2:
         return decide(
@@ -120,7 +134,7 @@ def compute_quorum(
     stragglers = healthy - joined.keys()
     first = min((participant.joined_at for participant in joined.values()), default=now)
     waiting_for = coming if now - first >= options.join_timeout else stragglers
-    if waiting_for:
+    if waiting_for and not 0 < options.target_members <= len(joined):
         return decide(
             None,
             "waiting_for_stragglers",

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import zmq
@@ -14,9 +15,10 @@ from msgspec.structs import replace
 from seamark.protocol.messages import Message, StatusRequest
 from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.channel import Channel
-from seamarkd.effects import Effect, Probe, Publish, Send
+from seamarkd.effects import Effect, Probe, ProbeMember, Publish, Send
 from seamarkd.lighthouse.core import Lighthouse
 from seamarkd.lighthouse.nodes import ProbeResult
+from seamarkd.lighthouse.replicas import ReplicaOptions
 from seamarkd.software import software
 
 log = logging.getLogger(__name__)
@@ -44,14 +46,24 @@ class LighthouseShell:
         address: where peers' requests arrive (ROUTER).
         events: where subscribers listen (PUB).
         epoch: rises with every start.
+        options: limits of replica groups.
     """
 
-    def __init__(self, context: zmq.Context[Any], address: str, events: str, epoch: int) -> None:
-        self.core = Lighthouse(epoch)
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        address: str,
+        events: str,
+        epoch: int,
+        options: ReplicaOptions | None = None,
+    ) -> None:
+        self.core = Lighthouse(epoch, time.monotonic(), options)
         router = make_socket(context, zmq.ROUTER)
         router.bind(check_address(address))
         publisher = make_socket(context, zmq.PUB)
         publisher.bind(check_address(events))
+        self.address = router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.events = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
         self._requests = Channel(router, self._on_message)
         self._events = Channel(publisher)
         self._loop = asyncio.get_running_loop()
@@ -86,7 +98,7 @@ class LighthouseShell:
     def _tick(self) -> None:
         late = self._loop.time() - self._due
         if late > TICK:
-            self.core.nodes.late(late)
+            self.core.late(time.monotonic(), late)
         self._perform(self.core.tick(time.monotonic()))
         self._ticks += 1
         if self._ticks % EVENT_BEAT_TICKS == 0:
@@ -102,26 +114,39 @@ class LighthouseShell:
                 case Publish(job, message):
                     self._events.send(message, topic(job))
                 case Probe(node, address):
-                    task = self._loop.create_task(self._probe(node, address))
-                    self._probes.add(task)
-                    task.add_done_callback(self._probes.discard)
+                    self._spawn(self._probe_node(node, address, self.core.nodes.nodes[node].incarnation))
+                case ProbeMember():
+                    self._spawn(self._probe_member(effect))
 
-    async def _probe(self, node: str, address: str) -> None:
-        incarnation = self.core.nodes.nodes[node].incarnation
-        result: ProbeResult = "accepted"
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT):
-                if address.startswith("ipc://"):
-                    _, writer = await asyncio.open_unix_connection(address.removeprefix("ipc://"))
-                else:
-                    host, _, port = address.removeprefix("tcp://").rpartition(":")
-                    _, writer = await asyncio.open_connection(host, int(port))
-                writer.close()
-        except TimeoutError:
-            result = "silent"
-        except (ConnectionError, FileNotFoundError):
-            result = "refused"
-        except OSError as error:
-            log.info("probe of node %s at %s: %s", node, address, error)
-            result = "silent"
-        self.core.probed(node, incarnation, result)
+    def _spawn(self, probe: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(probe)
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
+
+    async def _probe_node(self, node: str, address: str, incarnation: str) -> None:
+        self.core.probed(node, incarnation, await probe(address))
+
+    async def _probe_member(self, order: ProbeMember) -> None:
+        result = await probe(order.address)
+        now = time.monotonic()
+        self._perform(self.core.member_probed(now, order.job, order.member, order.incarnation, result))
+
+
+async def probe(address: str) -> ProbeResult:
+    """What comes of connecting to a peer's address, within ``PROBE_TIMEOUT``."""
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT):
+            if address.startswith("ipc://"):
+                _, writer = await asyncio.open_unix_connection(address.removeprefix("ipc://"))
+            else:
+                host, _, port = address.removeprefix("tcp://").rpartition(":")
+                _, writer = await asyncio.open_connection(host, int(port))
+            writer.close()
+    except (ConnectionError, FileNotFoundError):
+        return "refused"
+    except TimeoutError:
+        return "silent"
+    except (OSError, ValueError) as error:
+        log.info("can't probe %s: %s", address, error)
+        return "silent"
+    return "accepted"

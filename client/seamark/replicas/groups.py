@@ -1,0 +1,154 @@
+"""A process group across replica groups that is made anew at every quorum, and that anybody can cut.
+
+Outside torch's registries: the training script's own groups and this one know nothing of each other. It refuses to know
+quorums; it is told a store, a rank and a size.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from seamark.inprocess.abort import connect, end_reading
+from seamark.inprocess.groups import Creation, GlooLoop
+from seamark.inprocess.resolver import no_name_server
+
+Backend = Literal["gloo", "nccl"]
+
+
+class GroupUnavailable(RuntimeError):
+    """There is no process group: none was made yet, or it was cut."""
+
+
+class ReconfigurableGroup:
+    """The process group of one rank across all replica groups.
+
+    Args:
+        backend: ``"gloo"`` or ``"nccl"``.
+        timeout: of its collectives, seconds.
+    """
+
+    def __init__(self, backend: Backend = "gloo", timeout: float = 60.0) -> None:
+        self.backend = backend
+        self._timeout = timedelta(seconds=timeout)
+        self._lock = threading.Lock()
+        self._group: Any = None
+        self._loops: list[GlooLoop] = []
+        self._held: list[socket.socket] = []
+        self._size = 0
+        self._rank = 0
+
+    @property
+    def size(self) -> int:
+        """How many ranks it has; 0 without a group."""
+        return self._size
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in it."""
+        return self._rank
+
+    def configure(self, store_address: str, prefix: str, rank: int, size: int, timeout: float) -> None:
+        """Replaces the group by one whose ranks meet under a prefix of a store; all have to call it.
+
+        Args:
+            store_address: of a TCPStore, ``HOST:PORT``.
+            prefix: used for no other group.
+            rank, size: of this process.
+            timeout: seconds to reach the store.
+
+        Raises:
+            torch.distributed.DistError: the store or a peer could not be reached.
+        """
+        self.cut()
+        host, _, port = store_address.rpartition(":")
+        client, _ = connect(host, int(port), timeout)
+        store = dist.PrefixStore(prefix, client)
+        with no_name_server():
+            group, loops = self._make(store, rank, size)
+        with self._lock:
+            self._group, self._loops, self._rank, self._size = group, loops, rank, size
+            held, self._held = self._held, []
+        # Every rank has left the group before this one: nobody's send can be broken any more (see end_reading).
+        for connection in held:
+            connection.close()
+
+    def _make(self, store: Any, rank: int, size: int) -> tuple[Any, list[GlooLoop]]:
+        if self.backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self._timeout
+            return dist.ProcessGroupNCCL(store, rank, size, options), []
+        creation = Creation(size)
+        group = dist.ProcessGroupGloo(store, rank, size, self._timeout)
+        return group, creation.loops()
+
+    def allreduce(self, tensor: torch.Tensor, op: Any = None) -> Any:
+        """Starts an allreduce; the work that torch returns.
+
+        Args:
+            tensor: any shape; reduced in place.
+            op: a ``torch.distributed.ReduceOp``, SUM by default.
+
+        Raises:
+            GroupUnavailable: there is no group.
+        """
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.SUM if op is None else op
+        return self._now().allreduce([tensor], options)
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Any:
+        """Starts a broadcast from ``root``; the work that torch returns.
+
+        Raises:
+            GroupUnavailable: there is no group.
+        """
+        options = dist.BroadcastOptions()
+        options.rootRank = root
+        return self._now().broadcast([tensor], options)
+
+    def barrier(self) -> Any:
+        """Starts a barrier; the work that torch returns.
+
+        Raises:
+            GroupUnavailable: there is no group.
+        """
+        return self._now().barrier(dist.BarrierOptions())
+
+    def _now(self) -> Any:
+        group = self._group
+        if group is None:
+            raise GroupUnavailable("there is no process group across replicas: start a quorum first")
+        return group
+
+    def cut(self) -> None:
+        """Frees every thread that waits in the group, and gives it up. From any thread; again without effect."""
+        with self._lock:
+            group, self._group = self._group, None
+            loops, self._loops = self._loops, []
+            self._size = 0
+        if group is None:
+            return
+        if self.backend == "nccl":
+            threading.Thread(target=group.abort, name="seamark-nccl-abort", daemon=True).start()
+            return
+        connections = [connection for loop in loops for connection in loop.connections()]
+        held = [duplicate for duplicate in map(end_reading, connections) if duplicate is not None]
+        with self._lock:
+            self._held += held
+        # Gloo's destructor joins threads, which can take long: not on the caller's.
+        dropped = [group]
+        del group
+        threading.Thread(target=dropped.clear, name="seamark-drop-group", daemon=True).start()
+
+    def close(self) -> None:
+        """Gives the group and all connections up."""
+        self.cut()
+        with self._lock:
+            held, self._held = self._held, []
+        for connection in held:
+            connection.close()
