@@ -15,11 +15,25 @@ if TYPE_CHECKING:
     from seamark.inprocess.state import State as State
     from seamark.inprocess.wrapper import CallWrapper as CallWrapper
     from seamark.inprocess.wrapper import Wrapper as Wrapper
+    from seamark.listener import FailureListener as FailureListener
+    from seamark.listening import EventsLost as EventsLost
 
-__all__ = ["CallWrapper", "RestartAbort", "RestartError", "State", "Wrapper", "checkpoints"]
+__all__ = [
+    "CallWrapper",
+    "EventsLost",
+    "FailureListener",
+    "RestartAbort",
+    "RestartError",
+    "State",
+    "Wrapper",
+    "checkpoints",
+]
 
 _HOMES = {
     "CallWrapper": "seamark.inprocess.wrapper",
+    "Manager": "seamark.manager",
+    "EventsLost": "seamark.listening",
+    "FailureListener": "seamark.listener",
     "RestartAbort": "seamark.inprocess.exceptions",
     "RestartError": "seamark.inprocess.exceptions",
     "State": "seamark.inprocess.state",

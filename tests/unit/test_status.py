@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import io
 import json
+from typing import Literal
 
 import pytest
 from rich.console import Console
 
 from seamark.protocol.messages import (
+    RANKS,
+    REPLICAS,
     Cause,
     CompletedEvent,
     CoordinatorStatus,
+    Event,
     EventBeat,
     Failure,
     FailureEvent,
+    GroupMember,
+    GroupStatus,
     JobStatus,
     LighthouseStatus,
     MemberStatus,
     NodeHealth,
     NodeStatus,
     QuorumEvent,
+    RecoveredEvent,
+    Replica,
+    ReplicaQuorumEvent,
     Snapshot,
 )
-from seamarkd.cli.events import Event, Printer, Reader, sentence
+from seamarkd.cli.events import Printer, Reader, sentence
 from seamarkd.cli.operator import UnreachableError
 from seamarkd.cli.status import assess, connectable, data, draw, on_loopback, unclocked
 
@@ -44,11 +53,21 @@ def coordinator(
 
 
 def lighthouse(
-    *, age: float = 0.1, verdict: str = "", sentence: str = "", waiting: dict[str, str] | None = None
+    *groups: GroupStatus, age: float = 0.1, verdict: str = "", sentence: str = "", waiting: dict[str, str] | None = None
 ) -> LighthouseStatus:
-    return LighthouseStatus(
-        1, 7, "seamark 1", 41, 60.0, sentence, [NodeHealth("n", age, verdict)], waiting or {}, {}, 0.0
-    )
+    nodes = [NodeHealth("n", age, verdict)]
+    return LighthouseStatus(1, 7, "seamark 1", 41, 60.0, sentence, nodes, waiting or {}, list(groups), {}, 0.0)
+
+
+def replicas(*failures: FailureEvent, count: int = 2, group: str = REPLICAS) -> GroupStatus:
+    members = [GroupMember(f"r{number}", "i", "", 0.3, number - 1, number == 1) for number in range(count)]
+    return GroupStatus("j", group, 9, "waits for 1 more replica", True, members, list(failures))
+
+
+def replica_lost(kind: Literal["heartbeat", "left"] = "heartbeat") -> FailureEvent:
+    cause = Cause(kind=kind, text="heartbeat timeout\nmore" if kind == "heartbeat" else "the end")
+    failure = Failure("lost", "r7", "i", -1, "", -1, cause, -1.0, 1.0, 1.0, "heartbeat timeout")
+    return FailureEvent("j", REPLICAS, 1, 3, failure)
 
 
 def drawn(*answers: CoordinatorStatus | LighthouseStatus | str, exposed: list[str] | None = None) -> str:
@@ -71,6 +90,9 @@ def drawn(*answers: CoordinatorStatus | LighthouseStatus | str, exposed: list[st
         (coordinator(), lighthouse(verdict="frozen"), 1, "node n: frozen"),
         (coordinator(), lighthouse(age=0.6), 1, "node n: silent"),
         (coordinator(nodes=("n", "m")), lighthouse(), 1, "node m sends no heartbeat"),
+        (coordinator(), lighthouse(replicas()), 0, ""),
+        (coordinator(), lighthouse(replicas(replica_lost("left"))), 0, ""),
+        (coordinator(), lighthouse(replicas(replica_lost())), 1, "job j: r7 lost: heartbeat timeout"),
         ("no answer", lighthouse(), 1, "the coordinator is unreachable"),
         (coordinator(), "no answer", 1, "the lighthouse is unreachable"),
         ("no answer", "no answer", 2, "the lighthouse is unreachable"),
@@ -100,6 +122,26 @@ def test_the_quorums_sentence_goes_before_the_coordinators_while_a_job_lives() -
     waiting = {"j": "waits for rank 3"}
     assert "waits for rank 3" in drawn(coordinator(job()), lighthouse(waiting=waiting))
     assert "waits for rank 3" not in drawn(coordinator(job(state="SUCCEEDED")), lighthouse(waiting=waiting))
+
+
+def test_replica_groups_are_shown_with_their_quorum_and_the_failed_ones_first() -> None:
+    text = drawn(coordinator(), lighthouse(replicas(replica_lost()), replicas(replica_lost(), group=RANKS)))
+    assert text.count("replicas of j: waits for 1 more replica") == 1
+    rows = [line.split() for line in text.splitlines() if line.startswith("r") and line[1].isdecimal()]
+    assert rows == [
+        ["r7", "lost", "heartbeat", "timeout"],
+        ["r0", "0.3", "s", "none", "yet", "alive"],
+        ["r1", "0.3", "s", "0", "joined"],
+    ]
+    assert "left  " in drawn(coordinator(), lighthouse(replicas(replica_lost("left"))))
+    assert "and 6 more" in drawn(coordinator(), lighthouse(replicas(replica_lost(), count=25)))
+
+
+def test_replica_groups_are_in_the_data() -> None:
+    answers = (coordinator(), lighthouse(replicas(replica_lost())))
+    (group,) = data(*answers, assess(*answers))["lighthouse"]["groups"]
+    assert [member["member"] for member in group["members"]] == ["r0", "r1"]
+    assert group["failures"][0]["failure"]["cause"]["kind"] == "heartbeat"
 
 
 def test_what_a_job_wrote_is_shown_and_does_not_steer_the_terminal() -> None:
@@ -155,10 +197,19 @@ def quorum(sequence: int, epoch: int = 1) -> QuorumEvent:
     return QuorumEvent("j", "ranks", epoch, sequence, 1, 0, 4, 4, [], 2.0, 3, [])
 
 
+def recovered(sequence: int) -> RecoveredEvent:
+    return RecoveredEvent("j", REPLICAS, 1, sequence, "r7", "i")
+
+
+def replica_quorum(taking_part: list[Replica]) -> ReplicaQuorumEvent:
+    return ReplicaQuorumEvent("j", REPLICAS, 1, 4, 9, taking_part, "all there")
+
+
 def snapshot(*events: Event, latest: int, epoch: int = 1, completed: bool = False) -> Snapshot:
     failures = [event for event in events if isinstance(event, FailureEvent)]
     quorums = [event for event in events if isinstance(event, QuorumEvent)]
-    return Snapshot(1, "j", epoch, latest, failures, quorums, completed, "")
+    returns = [event for event in events if isinstance(event, RecoveredEvent)]
+    return Snapshot(1, "j", epoch, latest, failures, quorums, completed, "", returns)
 
 
 class Known:
@@ -184,6 +235,12 @@ def test_history_is_in_order_and_says_what_is_no_longer_kept() -> None:
         "j: event 7 was no longer kept by the lighthouse",
         CompletedEvent("j", "ranks", 1, 8),
     ]
+
+
+def test_returns_are_part_of_the_history() -> None:
+    history = [replica_lost(), recovered(4)]
+    reader = Reader(Known(snapshot(*history, latest=4)))
+    assert reader.open("j") == ["j: events 1-2 were no longer kept by the lighthouse", *history]
 
 
 def test_an_event_comes_out_once_and_a_gap_is_filled_from_a_snapshot() -> None:
@@ -232,6 +289,11 @@ def test_a_lighthouse_that_gives_no_snapshot_loses_no_event_that_came() -> None:
 def test_sentences() -> None:
     assert sentence(lost(1)) == "rank 2 on node-a lost: killed by SIGKILL (iteration 3)"
     assert sentence(quorum(1)) == "quorum: iteration 4, 0 ranks, restart 4"
+    assert sentence(replica_lost()) == "r7 lost: heartbeat timeout"
+    assert sentence(recovered(1)) == "r7 is back"
+    taking_part = [Replica(f"r{number}", "i", "", "", 5 + number, 1) for number in range(2)]
+    assert sentence(replica_quorum(taking_part[:1])) == "quorum: 1 replica at step 5: r0"
+    assert sentence(replica_quorum(taking_part)) == "quorum: 2 replicas at steps 5 to 6: r0, r1"
 
 
 def test_events_before_a_moment_are_left_out_with_what_was_missed_before_them(
@@ -242,3 +304,17 @@ def test_events_before_a_moment_are_left_out_with_what_was_missed_before_them(
     out, err = capsys.readouterr()
     assert [json.loads(line)["sequence"] for line in out.splitlines()] == [5]
     assert err == "new gap\n"
+
+
+def test_an_event_without_a_time_is_as_old_as_the_one_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = Printer(as_json=True, local=True, not_before=5.0)
+    printer.show([lost(3, at=4.0), recovered(4), lost(5, at=6.0), recovered(6)])
+    assert [json.loads(line)["sequence"] for line in capsys.readouterr().out.splitlines()] == [5, 6]
+
+
+def test_a_line_names_job_number_and_group(capsys: pytest.CaptureFixture[str]) -> None:
+    Printer(as_json=False, local=False).show([replica_lost(), recovered(4)])
+    assert capsys.readouterr().out.splitlines() == [
+        "--:--:--.---  j  #3  replicas  r7 lost: heartbeat timeout",
+        "--:--:--.---  j  #4  replicas  r7 is back",
+    ]

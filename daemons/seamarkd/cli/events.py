@@ -24,9 +24,13 @@ from seamark.protocol.codec import ProtocolError, decode
 from seamark.protocol.messages import (
     CompletedEvent,
     CoordinatorStatus,
+    Event,
     EventBeat,
     FailureEvent,
+    LighthouseStatus,
     QuorumEvent,
+    RecoveredEvent,
+    ReplicaQuorumEvent,
     Snapshot,
     SnapshotRequest,
     StatusRequest,
@@ -43,8 +47,6 @@ from seamarkd.settings import Settings, SettingsError, load
 ASK_TIMEOUT = 2.0
 POLL_MS = 1_000
 
-Event = FailureEvent | QuorumEvent | CompletedEvent
-
 
 @click.command()
 @click.argument("job", required=False)
@@ -53,7 +55,7 @@ Event = FailureEvent | QuorumEvent | CompletedEvent
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per event.")
 @click.option("--config", type=click.Path(path_type=Path), help="The configuration file.")
 def events(job: str | None, follow: bool, since: float | None, as_json: bool, config: Path | None) -> int:
-    """Prints the failures, quorums and completions of JOB, or of every job, one line each.
+    """Prints the failures, returns, quorums and completions of JOB, or of every job, one line each.
 
     \b
     Examples:
@@ -71,7 +73,7 @@ def events(job: str | None, follow: bool, since: float | None, as_json: bool, co
         raise click.UsageError("--since needs the lighthouse's clock: use it on the lighthouse's host")
     printer = Printer(as_json=as_json, local=local, not_before=time.monotonic() - since if since is not None else None)
     with Feed(settings, job, follow=follow) as feed:
-        jobs = _jobs(settings, job)
+        jobs = _jobs(settings, feed, job)
         reader = Reader(feed.snapshot)
         for name in jobs:
             printer.show(reader.open(name))
@@ -84,7 +86,7 @@ def events(job: str | None, follow: bool, since: float | None, as_json: bool, co
     return 0
 
 
-def _jobs(settings: Settings, job: str | None) -> list[str]:
+def _jobs(settings: Settings, feed: Feed, job: str | None) -> list[str]:
     try:
         with Operator(connectable(settings.coordinator.address)) as operator:
             answer = operator.ask(StatusRequest, CoordinatorStatus, ASK_TIMEOUT)
@@ -92,7 +94,8 @@ def _jobs(settings: Settings, job: str | None) -> list[str]:
         if job is None:
             raise
         return [job]
-    known = [status.job for status in answer.jobs]
+    # Replica groups need no coordinator: of a job without ranks only the lighthouse knows.
+    known = list(dict.fromkeys([*(status.job for status in answer.jobs), *feed.jobs()]))
     if job is None:
         return known
     if job not in known:
@@ -137,6 +140,14 @@ class Feed:
         except UnreachableError:
             sentence = f"no answer from the lighthouse at {self._address} within {ASK_TIMEOUT:g} s"
             raise UnreachableError(sentence) from None
+
+    def jobs(self) -> list[str]:
+        """The jobs that have a group at the lighthouse; none if it does not answer."""
+        try:
+            answer = self._operator.ask(StatusRequest, LighthouseStatus, ASK_TIMEOUT)
+        except UnreachableError:
+            return []
+        return [group.job for group in answer.groups]
 
     def receive(self) -> object:
         """The next message of the subscription; None if there was none for a second, or it was no message."""
@@ -208,6 +219,7 @@ class Reader:
     def _take(self, answer: Snapshot) -> list[Event | str]:
         kept: dict[int, Event] = {event.sequence: event for event in answer.failures}
         kept |= {event.sequence: event for event in answer.quorums}
+        kept |= {event.sequence: event for event in answer.recovered}
         if answer.completed and answer.sequence not in kept:
             group = answer.quorums[-1].group if answer.quorums else ""
             kept[answer.sequence] = CompletedEvent(answer.job, group, answer.epoch, answer.sequence)
@@ -248,6 +260,8 @@ class Printer:
     as_json: bool
     local: bool
     not_before: float | None = None
+    _reached: dict[str, float] = field(default_factory=dict, init=False)
+    """By job: the time of its last event that says when it was; those that don't came after it."""
 
     def show(self, items: list[Event | str]) -> None:
         """Prints these, one line each."""
@@ -257,7 +271,8 @@ class Printer:
                 sentences.append(item)
                 continue
             at = moment(item)
-            if self.not_before is not None and 0 <= at < self.not_before:
+            reached = self._reached[item.job] = max(at, self._reached.get(item.job, -1.0))
+            if self.not_before is not None and 0 <= reached < self.not_before:
                 # What was missed before an event that is too old is too old as well.
                 sentences.clear()
                 continue
@@ -270,7 +285,8 @@ class Printer:
                 click.echo(json.dumps(record))
             else:
                 clock = seen.strftime("%H:%M:%S.%f")[:-3] if seen else "--:--:--.---"
-                click.echo(f"{clock}  {plain(item.job)}  #{item.sequence}  {plain(sentence(item))}")
+                where = f"{plain(item.job)}  #{item.sequence}  {plain(item.group)}"
+                click.echo(f"{clock}  {where}  {plain(sentence(item))}")
         self._say(sentences)
 
     def _say(self, sentences: list[str]) -> None:
@@ -285,7 +301,7 @@ def moment(event: Event) -> float:
             return event.failure.published_at
         case QuorumEvent():
             return event.answered_at
-        case CompletedEvent():
+        case CompletedEvent() | RecoveredEvent() | ReplicaQuorumEvent():
             return -1.0
 
 
@@ -298,7 +314,16 @@ def sentence(event: Event) -> str:
     """What happened, for people."""
     match event:
         case FailureEvent(failure=failure):
-            return f"{who(failure)} {failure.kind}: {first_line(failure.cause.text)} (iteration {failure.iteration})"
+            text = f"{who(failure)} {failure.kind}: {first_line(failure.cause.text)}"
+            return text if failure.iteration < 0 else f"{text} (iteration {failure.iteration})"
+        case RecoveredEvent():
+            return f"{event.member} is back"
+        case ReplicaQuorumEvent():
+            steps = sorted({replica.step for replica in event.participants})
+            at = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}" if steps else "no step"
+            names = ", ".join(replica.replica_id for replica in event.participants)
+            count = len(event.participants)
+            return f"quorum: {count} {'replica' if count == 1 else 'replicas'} at {at}: {names}"
         case QuorumEvent():
             text = f"quorum: iteration {event.iteration}, {len(event.members)} ranks, restart {event.restarts}"
             if event.consequences:

@@ -11,6 +11,7 @@ from seamark.protocol.codec import ProtocolError
 from seamarkd.cli.doctor import doctor
 from seamarkd.cli.events import events
 from seamarkd.cli.exit_codes import CONFIGURATION, INTERRUPTED, UNREACHABLE, USAGE
+from seamarkd.cli.fail import fail
 from seamarkd.cli.joblogs import logs
 from seamarkd.cli.operator import UnreachableError
 from seamarkd.cli.run import run
@@ -46,7 +47,7 @@ def cli() -> None:
     """
 
 
-for command in (up, down, restart, run, status, logs, events, why, doctor):
+for command in (up, down, restart, run, status, logs, events, why, doctor, fail):
     cli.add_command(command)
 
 

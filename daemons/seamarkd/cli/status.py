@@ -23,10 +23,20 @@ from rich.table import Table
 from rich.text import Text
 
 from seamark.protocol.codec import ProtocolError
-from seamark.protocol.messages import CoordinatorStatus, JobStatus, LighthouseStatus, MemberStatus, StatusRequest
+from seamark.protocol.messages import (
+    REPLICAS,
+    CoordinatorStatus,
+    FailureEvent,
+    GroupMember,
+    GroupStatus,
+    JobStatus,
+    LighthouseStatus,
+    MemberStatus,
+    StatusRequest,
+)
 from seamarkd.cli.exit_codes import CONFIGURATION, FAILED, SUCCEEDED, UNREACHABLE
 from seamarkd.cli.operator import Operator, UnreachableError
-from seamarkd.coordinator.jobs import ENDED
+from seamarkd.coordinator.jobs import ENDED, first_line
 from seamarkd.lighthouse.nodes import BEAT_INTERVAL, LOST_BEATS
 from seamarkd.settings import Settings, SettingsError, load
 
@@ -49,6 +59,15 @@ class Row:
     bad: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The replica groups of a job: what their quorum waits for or was, the failed ones first, and how many more."""
+
+    sentence: str
+    rows: list[Row]
+    more: int
+
+
 @dataclass(slots=True)
 class Picture:
     """What is shown. ``problems`` are the sentences behind an exit code that is not 0; ``notes`` change no code."""
@@ -64,6 +83,7 @@ class Picture:
     """By job: how many of its members are not among the rows."""
     ended: int = 0
     """How many ended jobs are not among the rows."""
+    replicas: dict[str, Replicas] = field(default_factory=dict)
 
 
 @click.command()
@@ -72,12 +92,12 @@ class Picture:
 @click.option("--verbose", is_flag=True, help="Also the daemons' versions and epochs.")
 @click.option("--config", type=click.Path(path_type=Path), help="The configuration file.")
 def status(as_json: bool, watch: bool, verbose: bool, config: Path | None) -> int:
-    """Shows the daemons, nodes, jobs and ranks of a suite.
+    """Shows the daemons, nodes, jobs, ranks and replica groups of a suite.
 
     \b
     Exit codes:
       0   all is well
-      1   something needs a look: a daemon or node is silent, a job waits or lacks ranks
+      1   something needs a look: a daemon or node is silent, a job waits, a rank or replica is lacking
       2   neither the coordinator nor the lighthouse answers
 
     \b
@@ -142,6 +162,10 @@ def assess(
     if isinstance(coordinator, CoordinatorStatus):
         waiting = lighthouse.waiting if isinstance(lighthouse, LighthouseStatus) else {}
         _jobs(picture, coordinator, waiting)
+    if isinstance(lighthouse, LighthouseStatus):
+        for group in lighthouse.groups:
+            if group.group == REPLICAS:
+                picture.replicas[group.job] = _replicas(picture, group)
     if isinstance(coordinator, str) and isinstance(lighthouse, str):
         picture.code = UNREACHABLE
     elif picture.problems:
@@ -217,6 +241,26 @@ def _member(member: MemberStatus) -> Row:
     return Row((str(member.rank), member.node, str(member.pid), state, step), bad=not member.alive)
 
 
+def _replicas(picture: Picture, group: GroupStatus) -> Replicas:
+    for event in group.failures:
+        if event.failure.cause.kind != "left":
+            text = first_line(event.failure.cause.text)
+            picture.problems.append(f"job {group.job}: {event.failure.member} {event.failure.kind}: {text}")
+    rows = [*map(_failed_replica, group.failures), *map(_replica, group.members)]
+    return Replicas(group.reason, rows[:MEMBERS_SHOWN], max(0, len(rows) - MEMBERS_SHOWN))
+
+
+def _failed_replica(event: FailureEvent) -> Row:
+    failure = event.failure
+    left = failure.cause.kind == "left"
+    return Row((failure.member, "", "", "left" if left else failure.kind, first_line(failure.cause.text)), bad=not left)
+
+
+def _replica(member: GroupMember) -> Row:
+    step = str(member.step) if member.step >= 0 else "none yet"
+    return Row((member.member, duration(member.beat_age), step, "joined" if member.joined else "alive", ""))
+
+
 def exposed(settings: Settings) -> list[str]:
     """The addresses that reach beyond this host, where the configuration allows that."""
     if not settings.security.insecure:
@@ -275,6 +319,12 @@ def draw(picture: Picture, *, verbose: bool = False) -> Group:
             parts.append(_table(("rank", "node", "pid", "", "step"), rows))
         if picture.more[job]:
             parts.append(Text(f"  and {picture.more[job]} more", style="dim"))
+    for job, replicas in picture.replicas.items():
+        parts.append(Text(f"\nreplicas of {plain(job)}: {plain(replicas.sentence)}", style="bold"))
+        if replicas.rows:
+            parts.append(_table(("replica", "last beat", "step", "", ""), replicas.rows))
+        if replicas.more:
+            parts.append(Text(f"  and {replicas.more} more", style="dim"))
     return Group(*parts)
 
 

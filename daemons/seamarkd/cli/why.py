@@ -114,7 +114,9 @@ def headline(incident: Incident) -> str:
 
 def who(failure: Failure) -> str:
     """A failure's subject, for people."""
-    return "the TCPStore service" if failure.rank < 0 else f"rank {failure.rank} on {failure.node}"
+    if failure.rank >= 0:
+        return f"rank {failure.rank} on {failure.node}"
+    return "the TCPStore service" if failure.cause.kind == "store" else failure.member
 
 
 def _show_incident(console: Console, incident: Incident, *, every_rank: bool) -> None:
