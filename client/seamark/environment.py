@@ -15,6 +15,8 @@ INCARNATION = "SEAMARK_INCARNATION"
 GENERATION = "SEAMARK_GENERATION"
 NODE = "SEAMARK_NODE"
 CHECKPOINT_DIR = "SEAMARK_CHECKPOINT_DIR"
+STORE_OFFSET = 2
+"""The job's TCPStore listens on MASTER_PORT+2: MASTER_PORT stays free for scripts without a wrapper (D8)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ import torch.distributed as dist
 import zmq
 from msgspec import Struct
 
+from seamark.environment import ADDRESS, INCARNATION, STORE_OFFSET
 from seamark.inprocess.resolver import no_name_server
 from seamark.protocol.messages import (
     CommitDecision,
@@ -50,6 +51,7 @@ from seamark.replicas.groups import ReconfigurableGroup
 from seamark.replicas.healing import HealingError, StateServer, fetch_state
 from seamark.replicas.plan import Mode, Plan, compute_plan, participation
 from seamark.replicas.rank import ManagerError, QuorumTimeout, RankSession
+from seamark.replicas.worker import introduce
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ class Manager:
         timeout: of collectives. quorum_timeout: of ``start_quorum``. connect_timeout: to reach stores and managers.
         init_sync: at step 0 all others take the state of one.
         max_retries: steps in a row that may fail to commit; None: any number.
-        job: the name under which the lighthouse knows this training; SEAMARK_JOB, else ``default``.
+        job: the name under which the lighthouse knows this training, the same for all its replica groups.
         hostname: the address under which other hosts reach this one; that of the route to the lighthouse if None.
 
     Raises:
@@ -138,7 +140,7 @@ class Manager:
         connect_timeout: float | timedelta = 60.0,
         init_sync: bool = True,
         max_retries: int | None = None,
-        job: str | None = None,
+        job: str = "default",
         hostname: str | None = None,
     ) -> None:
         self._rank = _whole(rank, "RANK", 0)
@@ -197,10 +199,12 @@ class Manager:
         self._control: Control | None = None
         if self._rank == 0:
             self.replica_id = replica_id or secrets.token_hex(8)
+            # Under an agent its own: the agent sees this process die, and says so by that name.
+            incarnation = os.environ.get(INCARNATION) or secrets.token_hex(8)
             settings = Settings(
-                job=job or os.environ.get("SEAMARK_JOB") or "default",
+                job=job,
                 replica_id=self.replica_id,
-                incarnation=secrets.token_hex(8),
+                incarnation=incarnation,
                 world_size=self._world_size,
                 address="",
                 store_address=self._store_address,
@@ -213,11 +217,15 @@ class Manager:
         else:
             address, self.replica_id = self._store.get("seamark/manager").decode().split(" ", 1)
         self._session = RankSession(self._context, address, self._on_failure)
+        self._page = introduce(self._context) if ADDRESS in os.environ else None
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seamark-quorum")
 
     def _open_store(self, addr: str | None, port: int | None, host: str) -> tuple[Any, str]:
         addr = addr or os.environ.get("MASTER_ADDR")
-        port = port if port is not None else int(os.environ.get("MASTER_PORT") or 0)
+        if port is None:
+            port = int(os.environ.get("MASTER_PORT") or 0)
+            # An agent's store listens beside MASTER_PORT, which stays free for scripts (D8).
+            port += STORE_OFFSET if port and ADDRESS in os.environ else 0
         limit = timedelta(seconds=self._connect_timeout)
         if addr and port:
             with no_name_server():
@@ -273,6 +281,7 @@ class Manager:
             )
         if self._future is not None:
             concurrent.futures.wait([self._future])
+            self._states.withdraw(WITHDRAW_TIMEOUT)  # of a step that was given up without a vote
         if current_step is not None:
             self._step = current_step
         self._error = None
@@ -484,6 +493,9 @@ class Manager:
             )
         if answer.commit:
             self._step += 1
+            if self._page is not None:
+                self._page.step = self._step
+                self._page.ping()
             self._batches_committed += self.num_participants()
             self._commit_failures = 0
             return True

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import functools
 import hashlib
 import mmap
 import os
@@ -252,6 +253,20 @@ class Canaries:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         os.read(self._silence, 8)
 
+
+def worker_page(incarnation: str) -> ProgressPage:
+    """This process's progress page with its canaries: one, however many wrapped functions or managers it has."""
+    return _worker_page(incarnation, os.getpid())
+
+
+@functools.cache
+def _worker_page(incarnation: str, pid: int) -> ProgressPage:
+    page = ProgressPage.from_env(incarnation)
+    _canaries.append(Canaries(page))
+    return page
+
+
+_canaries: list[Canaries] = []
 
 _written_here: weakref.WeakSet[ProgressPage] = weakref.WeakSet()
 

@@ -43,7 +43,10 @@ class Channel:
         self.socket = socket
         self.dropped: Counter[str] = Counter()
         self._handler = handler
-        self._prefixed = socket.socket_type in (zmq.ROUTER, zmq.SUB)
+        kind = socket.getsockopt(zmq.TYPE)
+        self._prefixed = kind in (zmq.ROUTER, zmq.SUB)
+        self._routed = kind in (zmq.ROUTER, zmq.PUB)
+        self._answers = kind == zmq.ROUTER
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
         self._logged: dict[bytes, float] = {}
@@ -57,7 +60,7 @@ class Channel:
         """Sends without blocking; ``to`` is a ROUTER's peer or a PUB's topic. False if it could not be queued."""
         if self._closed:
             return False
-        frames = [to, *encode(message)] if self.socket.socket_type in (zmq.ROUTER, zmq.PUB) else encode(message)
+        frames = [to, *encode(message)] if self._routed else encode(message)
         return self.forward(frames)
 
     def forward(self, frames: list[bytes]) -> bool:
@@ -108,7 +111,7 @@ class Channel:
 
     def _drop(self, peer: bytes, error: ProtocolError) -> None:
         self.dropped[error.reason] += 1
-        if error.reason is Reason.VERSION and self.socket.socket_type == zmq.ROUTER:
+        if error.reason is Reason.VERSION and self._answers:
             self.send(Refused(request=0, code="BAD_REQUEST", reason=str(error)), peer)
         now = time.monotonic()
         if now - self._logged.get(peer, -LOG_INTERVAL) >= LOG_INTERVAL:

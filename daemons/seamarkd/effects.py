@@ -42,4 +42,10 @@ class ProbeMember(Struct, frozen=True):
     address: str
 
 
-Effect: TypeAlias = Send | Publish | Probe | ProbeMember
+class Wake(Struct, frozen=True):
+    """Let the core look at the time again after so many seconds, besides its regular tick."""
+
+    after: float
+
+
+Effect: TypeAlias = Send | Publish | Probe | ProbeMember | Wake

@@ -11,7 +11,6 @@ import functools
 import gc
 import inspect
 import logging
-import os
 import threading
 import time
 import typing
@@ -29,7 +28,7 @@ from seamark.inprocess.session import Session
 from seamark.inprocess.spare import SpareStore
 from seamark.inprocess.state import State, assign, export
 from seamark.inprocess.stuck import Stillness
-from seamark.progress import Canaries, ProgressPage
+from seamark.progress import worker_page
 from seamark.protocol.messages import QuorumAnswer, Stamps
 from seamark.store import counters
 
@@ -280,21 +279,6 @@ class _Restarter:
             self._ask_for_replacement_at = now + STUCK_AFTER
             log.warning("blocked in a collective that can't be cut free: this process is to be replaced")
             self._session.stuck()
-
-
-def worker_page(incarnation: str) -> ProgressPage:
-    """This process's progress page with its canaries: one, however many wrapped functions it calls."""
-    return _worker_page(incarnation, os.getpid())
-
-
-@functools.cache
-def _worker_page(incarnation: str, pid: int) -> ProgressPage:
-    page = ProgressPage.from_env(incarnation)
-    _canaries.append(Canaries(page))
-    return page
-
-
-_canaries: list[Canaries] = []
 
 
 def _call_parameter(function: Callable[..., Any]) -> str | None:

@@ -11,7 +11,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-STORE_OFFSET = 2
+from seamark.environment import STORE_OFFSET
+
 LOWEST = 20_000
 TRIES = 64
 

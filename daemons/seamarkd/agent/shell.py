@@ -15,6 +15,7 @@ from typing import Any
 import zmq
 from msgspec import Struct, field
 
+from seamark.environment import STORE_OFFSET
 from seamark.progress import ProgressPage
 from seamark.protocol.messages import (
     Beat,
@@ -50,7 +51,7 @@ from seamarkd.agent.core import (
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
 from seamarkd.agent.keeper_client import Process as KeeperProcess
 from seamarkd.agent.memory import Memory, Remembered
-from seamarkd.agent.ports import STORE_OFFSET, PortsTaken, candidates
+from seamarkd.agent.ports import PortsTaken, candidates
 from seamarkd.agent.watch import DeathWatch, How
 from seamarkd.agent.workers import environment, log_path, log_tail, runs_since, threads_per_worker
 from seamarkd.channel import Channel

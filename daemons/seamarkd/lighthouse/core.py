@@ -170,22 +170,26 @@ class Lighthouse:
     def _report(
         self, now: float, route: bytes, report: MemberStarted | MemberLost | StoreLost | LastQuorum
     ) -> list[Effect]:
+        effects: list[Effect] = []
+        if isinstance(report, MemberLost):
+            for replicas in self.replicas.values():
+                effects += replicas.process_lost(now, report.incarnation, report.cause, report.detector)
         group = self.groups.get(report.job)
         if group is None:
-            return [Send(route, _unknown_job(report.request, report.job))]
+            return [*effects, Send(route, _unknown_job(report.request, report.job))]
         if group.recalling and isinstance(report, MemberLost | StoreLost):
             # Not acknowledged, so that it is repeated to whoever knows which iteration it ends.
             group.defer(report)
-            return []
+            return effects
         match report:
             case MemberStarted():
-                effects = group.started(now, report)
+                effects += group.started(now, report)
             case MemberLost():
-                effects = group.lost(now, report)
+                effects += group.lost(now, report)
             case StoreLost():
-                effects = group.store_lost(now, report)
+                effects += group.store_lost(now, report)
             case LastQuorum():
-                effects = group.recall(now, report)
+                effects += group.recall(now, report)
         return [*effects, Send(route, Acknowledged(report.request))]
 
     def _faulted(self, now: float, route: bytes, report: MemberFaulted) -> list[Effect]:

@@ -2,8 +2,8 @@
 
 Nobody says who should be there: who beats is a member (torchft's lighthouse). The quorum decision is
 ``quorum.py``'s and the failure tick ``failures.py``'s; what is here is when to ask them and whom to tell. A member
-ends by its heartbeats, by its own word, or by evidence: when somebody reports failed commits and others do not come,
-the lighthouse connects to them, and where the host refuses (the listener went with its process) nobody waits for a
+ends by its heartbeats, by its own word, or by evidence: while a quorum waits for members that do not come, the
+lighthouse connects to them, and where the host refuses (the listener went with its process) nobody waits for a
 heartbeat timeout.
 """
 
@@ -32,7 +32,7 @@ from seamark.protocol.messages import (
     ReplicaQuorum,
     ReplicaWithdraw,
 )
-from seamarkd.effects import Effect, ProbeMember, Publish, Send
+from seamarkd.effects import Effect, ProbeMember, Publish, Send, Wake
 from seamarkd.lighthouse.events import EventLog
 from seamarkd.lighthouse.failures import TIMEOUT_TEXT, failure_tick
 from seamarkd.lighthouse.nodes import ProbeResult
@@ -45,8 +45,12 @@ from seamarkd.lighthouse.quorum import (
     next_quorum_id,
 )
 
+PROBE_AFTER = 0.02
+"""Seconds a quorum waits for who beats and does not join before it has a look whether their processes live."""
+PROBE_AGAIN = 0.02
+"""Seconds until it looks again: a process's sockets close only after the kernel has freed its memory."""
 PROBES_AT_ONCE = 64
-"""Members that one joiner's evidence has probed; more than that can't all have failed a commit together."""
+"""Members that are looked at together; a round trip to each is nothing, and no burst either."""
 FORGET_AFTER = 3_600.0
 """Seconds after which a member that failed and never came back is shown and remembered no longer."""
 
@@ -117,6 +121,7 @@ class ReplicaGroup:
         self._newcomers: dict[str, Waiting] = {}
         """Requests of other processes under the name of a member, until it is known whether that one lives."""
         self._tick_due = 0.0
+        self._probe_at = 0.0
 
     # --- members -------------------------------------------------------------------------------------------
 
@@ -176,6 +181,13 @@ class ReplicaGroup:
         if known is not None and known.incarnation == leave.incarnation:
             effects = self._lose(now, {leave.replica_id: Cause(kind="left", text=leave.reason)}, "manager")
         return [*effects, Send(route, Acknowledged(leave.request))]
+
+    def process_lost(self, now: float, incarnation: str, cause: Cause, detector: str) -> list[Effect]:
+        """An agent saw a worker die; it may have been the manager of one of these replica groups."""
+        for member, living in self.members.items():
+            if living.incarnation == incarnation:
+                return self._lose(now, {member: cause}, detector)
+        return []
 
     def inject(self, now: float, member: str) -> list[Effect] | None:
         """A drill: the member's failure is published; None for a stranger."""
@@ -246,9 +258,14 @@ class ReplicaGroup:
         earlier = self._joins.get(replica.replica_id)
         if earlier is not None and request.request < earlier.request.request:
             return heard
+        if not self._joins:
+            self._probe_at = now + PROBE_AFTER
+            heard.append(Wake(PROBE_AFTER))
         self._joins[replica.replica_id] = Waiting(request, route, earlier.since if earlier else now)
         self._carry(now, request)
-        return [*heard, *self.answer_if_ready(now), *self._probe_absent(request)]
+        if replica.commit_failures:
+            self._probe_at = now
+        return [*heard, *self.answer_if_ready(now), *self._probe_absent(now)]
 
     def _contradiction(self, request: ReplicaJoin) -> str:
         """Limits of one quorum are the same for all who wait for it (D1)."""
@@ -274,14 +291,16 @@ class ReplicaGroup:
             unheard = self._previous.members - self.members.keys() - self._failures.keys()
             self._expected = dict.fromkeys(unheard, self._settles_at)
 
-    def _probe_absent(self, request: ReplicaJoin) -> list[Effect]:
-        """Somebody's commit failed, and a member of that quorum is not here: is it there at all?"""
-        if not request.replica.commit_failures or request.replica.replica_id not in self._joins or not self._previous:
+    def _probe_absent(self, now: float) -> list[Effect]:
+        """Others wait, or somebody's commit failed, and a member is not here: is it there at all?"""
+        if not self._joins or now < self._probe_at:
             return []
+        self._probe_at = now + PROBE_AGAIN
+        wake: list[Effect] = [Wake(PROBE_AGAIN)]
         absent = sorted(
-            member for member in self._previous.members if member in self.members and member not in self._joins
+            (living.last_beat, member) for member, living in self.members.items() if member not in self._joins
         )
-        return [self._probe(member, self.members[member]) for member in absent[:PROBES_AT_ONCE]]
+        return wake + [self._probe(member, self.members[member]) for _, member in absent[:PROBES_AT_ONCE]]
 
     def withdraw(self, withdrawal: ReplicaWithdraw) -> None:
         """The caller gave up: without this it would be a ghost in the next quorum."""
@@ -371,7 +390,7 @@ class ReplicaGroup:
             self._failures = {
                 member: failed for member, failed in self._failures.items() if now - failed.at < FORGET_AFTER
             }
-        return [*effects, *self.answer_if_ready(now)]
+        return [*effects, *self.answer_if_ready(now), *self._probe_absent(now)]
 
     @property
     def empty(self) -> bool:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from seamark.protocol.messages import Message, StatusRequest
 from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.channel import Channel
-from seamarkd.effects import Effect, Probe, ProbeMember, Publish, Send
+from seamarkd.effects import Effect, Probe, ProbeMember, Publish, Send, Wake
 from seamarkd.lighthouse.core import Lighthouse
 from seamarkd.lighthouse.nodes import ProbeResult
 from seamarkd.lighthouse.replicas import ReplicaOptions
@@ -117,6 +117,11 @@ class LighthouseShell:
                     self._spawn(self._probe_node(node, address, self.core.nodes.nodes[node].incarnation))
                 case ProbeMember():
                     self._spawn(self._probe_member(effect))
+                case Wake(after):
+                    self._loop.call_later(after, self._look_again)
+
+    def _look_again(self) -> None:
+        self._perform(self.core.tick(time.monotonic()))
 
     def _spawn(self, probe: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(probe)
