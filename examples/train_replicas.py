@@ -19,6 +19,7 @@ import seamark
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--replica-id", required=True)
 parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--until", type=Path, help="instead of --steps: once this file is there, the last step is in it")
 parser.add_argument("--min-replicas", type=int, default=2)
 parser.add_argument("--pause", type=float, default=0.0, help="seconds each step takes at least")
 parser.add_argument("--async-quorum", action="store_true", help="ask for the quorum beside the forward pass")
@@ -52,6 +53,12 @@ def report(**fields):
             file.write(json.dumps({"at": time.monotonic(), **fields}) + "\n")
 
 
+def last_step():
+    if options.until is None:
+        return options.steps
+    return int(options.until.read_text()) if options.until.exists() else 1 << 40
+
+
 manager = seamark.Manager(
     replica_id=options.replica_id,
     state_dict=state_dict,
@@ -60,7 +67,7 @@ manager = seamark.Manager(
     use_async_quorum=options.async_quorum,
 )
 with manager:
-    while manager.current_step() < options.steps:
+    while manager.current_step() < last_step():
         step = manager.current_step()
         manager.start_quorum()
         optimizer.zero_grad()
