@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seamark.protocol import messages
-from seamark.protocol.codec import MAX_BODY, ProtocolError, Reason, decode, encode
+from seamark.protocol.codec import MAX_BODY, SMALL_BODY, ProtocolError, Reason, decode, encode
 from seamark.protocol.messages import TYPES, VERSION, Beat, FailureEvent, Message
 
 BEAT = encode(Beat(node="n0", incarnation="i", sequence=1))
@@ -101,6 +101,25 @@ def test_a_field_of_another_type_is_refused_by_name(data: st.DataObject) -> None
     assert caught.value.reason in (Reason.MSGPACK, Reason.FIELDS)
 
 
+@settings(max_examples=300)
+@given(st.data())
+def test_one_pass_decodes_what_two_do_and_refuses_what_two_refuse(data: st.DataObject) -> None:
+    kind = TYPES[data.draw(st.sampled_from(sorted(TYPES)))]
+    fields = msgspec.to_builtins(data.draw(instances(kind)))
+    if data.draw(st.booleans()):
+        fields[data.draw(st.sampled_from([*sorted(fields), "unknown"]))] = data.draw(JSON)
+    frames = [b"SM" + bytes((VERSION, kind.type_id)), msgpack.packb(fields)]
+    found = []
+    for small in (SMALL_BODY, -1):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("seamark.protocol.codec.SMALL_BODY", small)
+            try:
+                found.append(decode(frames))
+            except ProtocolError as error:
+                found.append(error.reason)
+    assert found[0] == found[1] or found[0] != found[0]
+
+
 def test_environment_values_that_are_not_utf8_survive() -> None:
     value = b"\xff/bin".decode(errors="surrogateescape")
     message = Beat(node=value, incarnation="i", sequence=0)
@@ -109,9 +128,8 @@ def test_environment_values_that_are_not_utf8_survive() -> None:
 
 def test_a_planted_defect_makes_the_round_trip_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     message = Beat(node="n0", incarnation="i", sequence=1)
-    monkeypatch.setattr(
-        "seamark.protocol.codec.msgspec.to_builtins", lambda m: {"node": "x", "incarnation": "i", "sequence": 1}
-    )
+    other = msgpack.packb({"node": "x", "incarnation": "i", "sequence": 1})
+    monkeypatch.setattr("seamark.protocol.codec._encode_body", lambda m: other)
     assert decode(encode(message)) != message
 
 

@@ -20,6 +20,11 @@ MAGIC = b"SM"
 MAX_BODY = 8 << 20
 """Bytes of the largest body; sockets are told the same limit (ZMQ_MAXMSGSIZE)."""
 MAX_ITEMS = 200_000
+SMALL_BODY = 65_536
+"""Bytes of a body that is decoded to its type in one pass; a larger one is unpacked under ``MAX_ITEMS`` first."""
+
+_encode_body = msgspec.msgpack.Encoder().encode
+_decoders = {number: msgspec.msgpack.Decoder(kind) for number, kind in TYPES.items()}
 
 
 class Reason(StrEnum):
@@ -48,8 +53,14 @@ class ProtocolError(Exception):
 
 def encode(message: Message) -> list[bytes]:
     """The two frames of a message. Environment values that are not UTF-8 travel by surrogate escapes."""
-    header = MAGIC + bytes((VERSION, message.type_id))
-    return [header, msgpack.packb(msgspec.to_builtins(message), unicode_errors="surrogateescape")]
+    try:
+        return [_HEADERS[message.type_id], _encode_body(message)]
+    except UnicodeEncodeError:
+        body = msgpack.packb(msgspec.to_builtins(message), unicode_errors="surrogateescape")
+        return [_HEADERS[message.type_id], body]
+
+
+_HEADERS = {number: MAGIC + bytes((VERSION, number)) for number in TYPES}
 
 
 def decode(frames: Sequence[bytes]) -> Message:
@@ -73,6 +84,12 @@ def decode(frames: Sequence[bytes]) -> Message:
         raise ProtocolError(Reason.UNKNOWN_TYPE, f"no message has type {header[3]}")
     if len(body) > MAX_BODY:
         raise ProtocolError(Reason.TOO_LARGE, f"{kind.__name__}: body of {len(body)} bytes, {MAX_BODY} are allowed")
+    if len(body) <= SMALL_BODY:
+        try:
+            message: Message = _decoders[header[3]].decode(body)
+            return message
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass  # what follows says what is wrong with it, or takes its surrogate escapes
     try:
         fields = msgpack.unpackb(
             body,

@@ -117,6 +117,7 @@ class Group:
         self.done = False
         self.reason = "no quorum was asked for yet"
         self.members: dict[str, MemberState] = {}
+        self._on_node: dict[str, list[str]] = {}
         self._events = events
         self._floor = floor
         self._beat_of = beat_of
@@ -156,6 +157,9 @@ class Group:
         self._start_timeout = roster.start_timeout
         stale = self._refuse_waiting("a newer generation of this job has been started")
         self.members = {slot.member: MemberState(slot) for slot in roster.slots}
+        self._on_node = {}
+        for slot in roster.slots:
+            self._on_node.setdefault(slot.node, []).append(slot.member)
         wait = HEARTBEAT_TIMEOUT if roster.running else roster.start_timeout
         self._expected = {slot.member: now + wait for slot in roster.slots}
         self._completions.clear()
@@ -284,8 +288,9 @@ class Group:
     def node_lost(self, now: float, node: str) -> list[Effect]:
         """All members of a lost node expire together."""
         effects: list[Effect] = []
-        for member, state in self.members.items():
-            if state.slot.node == node and state.alive:
+        for member in self._on_node.get(node, ()):
+            state = self.members[member]
+            if state.alive:
                 cause = Cause(kind="node", text=f"node {node} is gone")
                 report = MemberLost(
                     0, self.job, self.generation, member, state.incarnation, cause, -1.0, now, "missed heartbeats"

@@ -49,6 +49,8 @@ PROBE_AFTER = 0.02
 """Seconds a quorum waits for who beats and does not join before it has a look whether their processes live."""
 PROBE_AGAIN = 0.02
 """Seconds until it looks again: a process's sockets close only after the kernel has freed its memory."""
+LOOK_COST = 2e-5
+"""Seconds that a look at one member costs at most: of many, it is taken less often."""
 PROBES_AT_ONCE = 64
 """Members that are looked at together; a round trip to each is nothing, and no burst either."""
 FORGET_AFTER = 3_600.0
@@ -265,7 +267,14 @@ class ReplicaGroup:
         self._carry(now, request)
         if replica.commit_failures:
             self._probe_at = now
-        return [*heard, *self.answer_if_ready(now), *self._probe_absent(now)]
+        if request.target_members or self._may_be_complete():
+            heard += self.answer_if_ready(now)
+        return [*heard, *self._probe_absent(now)]
+
+    def _may_be_complete(self) -> bool:
+        """False while the decision can only be to wait: every join of many members need not ask for it."""
+        last = self._previous.members if self._previous else frozenset()
+        return len(self._joins) >= len(self.members) or (bool(last) and last <= self._joins.keys())
 
     def _contradiction(self, request: ReplicaJoin) -> str:
         """Limits of one quorum are the same for all who wait for it (D1)."""
@@ -295,8 +304,9 @@ class ReplicaGroup:
         """Others wait, or somebody's commit failed, and a member is not here: is it there at all?"""
         if not self._joins or now < self._probe_at:
             return []
-        self._probe_at = now + PROBE_AGAIN
-        wake: list[Effect] = [Wake(PROBE_AGAIN)]
+        pause = max(PROBE_AGAIN, LOOK_COST * len(self.members))
+        self._probe_at = now + pause
+        wake: list[Effect] = [Wake(pause)]
         absent = sorted(
             (living.last_beat, member) for member, living in self.members.items() if member not in self._joins
         )
@@ -403,7 +413,7 @@ class ReplicaGroup:
             job=self.job,
             group=REPLICAS,
             quorum_id=self._previous.quorum_id if self._previous else 0,
-            reason=self.reason,
+            reason=self.decide(now).reason if self._joins and self._settled(now) else self.reason,
             settled=self._settled(now),
             members=[
                 GroupMember(member, living.incarnation, "", max(0.0, now - living.last_beat), living.step, joined)

@@ -97,8 +97,9 @@ class LighthouseShell:
 
     def _tick(self) -> None:
         late = self._loop.time() - self._due
-        if late > TICK:
-            self.core.late(time.monotonic(), late)
+        if late > TICK or self._requests.behind:
+            # Beats that were not read yet are nobody's silence, either.
+            self.core.late(time.monotonic(), max(late, TICK))
         self._perform(self.core.tick(time.monotonic()))
         self._ticks += 1
         if self._ticks % EVENT_BEAT_TICKS == 0:
