@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 import socket
 import tomllib
 from collections.abc import Mapping
@@ -41,10 +42,11 @@ class SettingsError(Exception):
 
 
 class LighthouseSettings(msgspec.Struct, frozen=True):
-    """Where the lighthouse answers, and where it publishes its events."""
+    """Where the lighthouse answers and publishes its events; seconds that an unreachable agent has to come back."""
 
     address: str = "tcp://127.0.0.1:29710"
     events: str = "tcp://127.0.0.1:29711"
+    agent_grace: float = 10.0
 
 
 class CoordinatorSettings(msgspec.Struct, frozen=True):
@@ -123,7 +125,8 @@ KEYS: dict[str, msgspec.structs.FieldInfo] = {
     f"{section}.{field.name}": field for section, kind in SECTIONS.items() for field in msgspec.structs.fields(kind)
 }
 ADDRESSES = ("lighthouse.address", "lighthouse.events", "coordinator.address")
-TYPE_NAMES = {str: "text in quotes", int: "a whole number", bool: "true or false"}
+TYPE_NAMES = {str: "text in quotes", int: "a whole number", bool: "true or false", float: "a number of seconds"}
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -165,6 +168,9 @@ def load(config: Path | None, environ: Mapping[str, str], flags: Mapping[str, ob
         else:
             found[key] = (flag, _parsed(key, value) if isinstance(value, str) else value)
     values = {key: found[key][1] if key in found else field.default for key, field in KEYS.items()}
+    values = {
+        key: float(value) if KEYS[key].type is float and type(value) is int else value for key, value in values.items()
+    }
     wrong = _wrong_values(values)
     problems += [f"{found[key][0] if key in found else 'default'}: {key}: {text}" for key, text in wrong]
     if problems:
@@ -213,6 +219,8 @@ def _parsed(key: str, text: str) -> object:
     kind = KEYS[key].type
     if kind is bool:
         return BOOLEANS.get(text.lower(), text)
+    if kind is float:
+        return float(text) if SECONDS.fullmatch(text) else text
     if kind is int and text.isascii() and text.isdigit() and len(text) < 10:
         return int(text)
     return text
@@ -242,6 +250,8 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
                 off_loopback.append(key)
         elif key == "agent.slots" and not 0 <= int(str(value)) <= 65_535:
             wrong.append((key, f"must be 0 (automatic) or a number of slots up to 65535, not {value}"))
+        elif key == "lighthouse.agent_grace" and not 1.0 <= float(str(value)) <= 3_600.0:
+            wrong.append((key, f"must be from 1 to 3600 seconds, not {value}"))
         elif key.startswith("paths.") and value and not os.path.isabs(str(value)):
             wrong.append((key, f"must be an absolute path, not {value}"))
         elif key in ("log.level", "log.format"):

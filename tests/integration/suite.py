@@ -61,6 +61,8 @@ class Suite:
             "SEAMARK_LIGHTHOUSE_EVENTS": f"tcp://127.0.0.1:{events}",
             "SEAMARK_COORDINATOR_ADDRESS": f"tcp://127.0.0.1:{coordinator}",
             "SEAMARK_AGENT_NODE": "host",
+            # A daemon that a test keeps away comes back in its own time, also on a slow machine.
+            "SEAMARK_LIGHTHOUSE_AGENT_GRACE": "60",
             "SEAMARK_AGENT_SLOTS": str(slots),
         }
         self.state = home / "state" / "seamark"

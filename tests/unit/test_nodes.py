@@ -61,6 +61,16 @@ def test_when_many_are_silent_at_once_nobody_is_lost_and_it_is_said() -> None:
     assert "4 of 4 nodes" in watched.sentence
 
 
+def test_one_silent_host_of_two_is_lost_and_the_only_one_never() -> None:
+    watched = watch("a", "b")
+    watched.tick(0.31)
+    beat_all_but(watched, "a", 0.5)
+    assert watched.tick(0.51)[1] == ["a"]
+    alone = watch("a")
+    alone.tick(0.31)
+    assert alone.tick(60.0)[1] == []
+
+
 def test_the_lighthouse_s_own_pause_is_nobody_s_death() -> None:
     watched = watch(*FOUR)
     watched.late(60.0)

@@ -77,6 +77,16 @@ def test_all_problems_are_listed_at_once_with_their_place(tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.parametrize("text", ["", "soon", "-5", "nan", "1e3", "0.5", "4000"])
+def test_seconds_that_are_none_or_too_few_are_refused(text: str) -> None:
+    (problem,) = problems(None, {"SEAMARK_LIGHTHOUSE_AGENT_GRACE": text})
+    assert problem.startswith("SEAMARK_LIGHTHOUSE_AGENT_GRACE: lighthouse.agent_grace: must be ")
+
+
+def test_whole_seconds_are_seconds(tmp_path: Path) -> None:
+    assert load(written(tmp_path, "[lighthouse]\nagent_grace = 30\n"), {}, {}).lighthouse.agent_grace == 30.0
+
+
 def test_a_file_that_is_not_toml_or_not_there_is_named(tmp_path: Path) -> None:
     assert "line 2" in problems(written(tmp_path, "[log]\nlevel = \n"))[0]
     assert "No such file" in problems(tmp_path / "absent.toml")[0]

@@ -39,7 +39,7 @@ from seamark.protocol.messages import (
 from seamarkd.effects import Effect, Send
 from seamarkd.lighthouse.events import EventLog
 from seamarkd.lighthouse.group import Group
-from seamarkd.lighthouse.nodes import BEAT_INTERVAL, NodeWatch, ProbeResult
+from seamarkd.lighthouse.nodes import AGENT_GRACE, BEAT_INTERVAL, NodeWatch, ProbeResult
 from seamarkd.lighthouse.replicas import ReplicaGroup, ReplicaOptions
 
 EPOCH_SHIFT = 32
@@ -52,11 +52,18 @@ class Lighthouse:
         epoch: rises with every start of the daemon; the upper half of its quorum ids.
         started: when it began to serve, seconds.
         options: its limits for replica groups.
+        agent_grace: seconds an unreachable agent has to come back.
     """
 
-    def __init__(self, epoch: int, started: float = 0.0, options: ReplicaOptions | None = None) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        started: float = 0.0,
+        options: ReplicaOptions | None = None,
+        agent_grace: float = AGENT_GRACE,
+    ) -> None:
         self.epoch = epoch
-        self.nodes = NodeWatch()
+        self.nodes = NodeWatch(agent_grace)
         self.groups: dict[str, Group] = {}
         self.replicas: dict[str, ReplicaGroup] = {}
         self._options = options or ReplicaOptions()

@@ -50,7 +50,8 @@ def command(
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         epoch = next_epoch(chosen.state_directory / "lighthouse.epoch")
-        return _Served(LighthouseShell(context, chosen.lighthouse.address, chosen.lighthouse.events, epoch))
+        asked = chosen.lighthouse
+        return _Served(LighthouseShell(context, asked.address, asked.events, epoch, agent_grace=asked.agent_grace))
 
     daemon.run("lighthouse", chosen, start)
 

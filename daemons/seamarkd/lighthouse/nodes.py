@@ -2,9 +2,10 @@
 
 A node that missed three beats is suspect and is probed by another way. Refused: the host lives and its agent is
 down, so its workers are given ``AGENT_GRACE``. Accepted but silent: frozen, the same grace. No answer at all:
-the host is lost at five missed beats. When more than 30 % of the nodes are suspect at once, it is probably this
-lighthouse that is cut off: nobody is declared lost. A lighthouse that finds its own loop late moves its
-deadlines by as much (Lifeguard's awareness, memberlist). Pure: beats, probe results and the time come in.
+the host is lost at five missed beats. When several nodes and more than 30 % are suspect at once, or the only one, it
+is probably this lighthouse that is cut off: nobody is declared lost. One of two or three is one host's trouble. A
+lighthouse that finds its own loop late moves its deadlines by as much (Lifeguard's awareness, memberlist). Pure: beats,
+probe results and the time come in.
 """
 
 from __future__ import annotations
@@ -41,9 +42,14 @@ class Node(Struct):
 
 
 class NodeWatch:
-    """The nodes and their beats."""
+    """The nodes and their beats.
 
-    def __init__(self) -> None:
+    Args:
+        agent_grace: seconds an unreachable agent has to come back.
+    """
+
+    def __init__(self, agent_grace: float = AGENT_GRACE) -> None:
+        self._agent_grace = agent_grace
         self.nodes: dict[str, Node] = {}
         self.sentence = ""
         self._excused = 0.0
@@ -89,7 +95,8 @@ class NodeWatch:
                 node.suspect_since = now
                 effects.append(Probe(node.name, node.address))
         suspects = [node for node in self.nodes.values() if node.suspect_since is not None]
-        if len(suspects) > MASS_SUSPICION * len(self.nodes) and suspects:
+        many = len(suspects) > 1 or len(self.nodes) == 1
+        if many and len(suspects) > MASS_SUSPICION * len(self.nodes):
             self.sentence = (
                 f"{len(suspects)} of {len(self.nodes)} nodes are silent at once: that is probably this lighthouse's "
                 "own network, nobody is declared lost"
@@ -101,6 +108,5 @@ class NodeWatch:
             del self.nodes[name]
         return effects, lost
 
-    @staticmethod
-    def _patience(node: Node) -> float:
-        return AGENT_GRACE if node.verdict else LOST_BEATS * BEAT_INTERVAL
+    def _patience(self, node: Node) -> float:
+        return self._agent_grace if node.verdict else LOST_BEATS * BEAT_INTERVAL

@@ -17,7 +17,7 @@ from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.channel import Channel
 from seamarkd.effects import Effect, Probe, ProbeMember, Publish, Send, Wake
 from seamarkd.lighthouse.core import Lighthouse
-from seamarkd.lighthouse.nodes import ProbeResult
+from seamarkd.lighthouse.nodes import AGENT_GRACE, ProbeResult
 from seamarkd.lighthouse.replicas import ReplicaOptions
 from seamarkd.software import software
 
@@ -47,6 +47,7 @@ class LighthouseShell:
         events: where subscribers listen (PUB).
         epoch: rises with every start.
         options: limits of replica groups.
+        agent_grace: seconds an unreachable agent has to come back.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class LighthouseShell:
         events: str,
         epoch: int,
         options: ReplicaOptions | None = None,
+        agent_grace: float = AGENT_GRACE,
     ) -> None:
-        self.core = Lighthouse(epoch, time.monotonic(), options)
+        self.core = Lighthouse(epoch, time.monotonic(), options, agent_grace)
         router = make_socket(context, zmq.ROUTER)
         router.bind(check_address(address))
         publisher = make_socket(context, zmq.PUB)
