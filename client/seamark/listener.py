@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import zmq
 
+from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS
 from seamark.listening import Delivery, EventsLost, Listening
 from seamark.protocol.codec import ProtocolError, decode, encode
 from seamark.protocol.messages import Event, EventBeat, Message, Snapshot, SnapshotRequest
@@ -23,8 +24,6 @@ from seamark.protocol.sockets import check_address, make_socket
 
 log = logging.getLogger(__name__)
 
-LIGHTHOUSE = "SEAMARK_LIGHTHOUSE_ADDRESS"
-EVENTS = "SEAMARK_LIGHTHOUSE_EVENTS"
 REPEAT_INTERVAL = 1.0
 """Seconds after which a snapshot that did not come is asked for again."""
 PING_MS, PING_TIMEOUT_MS = 1_000, 5_000
@@ -76,8 +75,8 @@ class FailureListener:
     ) -> None:
         if queue_size < 1:
             raise ValueError(f"queue_size must be at least 1, not {queue_size}")
-        requests = _address("lighthouse", lighthouse, LIGHTHOUSE)
-        published = _address("events", events, EVENTS)
+        requests = _address("lighthouse", lighthouse, LIGHTHOUSE_ADDRESS)
+        published = _address("events", events, LIGHTHOUSE_EVENTS)
         self._core = Listening(job, group, include_current, recoveries=recoveries)
         self._on_failure = on_failure
         self._queue: deque[Delivery] = deque()

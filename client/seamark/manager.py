@@ -33,7 +33,7 @@ import torch.distributed as dist
 import zmq
 from msgspec import Struct
 
-from seamark.environment import ADDRESS, INCARNATION, STORE_OFFSET
+from seamark.environment import ADDRESS, INCARNATION, LIGHTHOUSE_ADDRESS, STORE_OFFSET
 from seamark.inprocess.resolver import no_name_server
 from seamark.protocol.messages import (
     CommitDecision,
@@ -55,7 +55,6 @@ from seamark.replicas.worker import introduce
 
 log = logging.getLogger(__name__)
 
-LIGHTHOUSE_ENVIRONMENT = "SEAMARK_LIGHTHOUSE_ADDRESS"
 HEARTBEAT_RANGE = (0.01, 1.0)
 """Seconds. A lighthouse gives a member up after 5 s by default: a slower beat would leave it no second chance."""
 JOIN_TIMEOUT = 60.0
@@ -565,9 +564,9 @@ def lighthouse_address(given: str | None) -> str:
     Raises:
         ValueError: there is none.
     """
-    address = given or os.environ.get(LIGHTHOUSE_ENVIRONMENT, "")
+    address = given or os.environ.get(LIGHTHOUSE_ADDRESS, "")
     if not address:
-        raise ValueError(f"no lighthouse: give lighthouse_addr, or set {LIGHTHOUSE_ENVIRONMENT}=tcp://HOST:PORT")
+        raise ValueError(f"no lighthouse: give lighthouse_addr, or set {LIGHTHOUSE_ADDRESS}=tcp://HOST:PORT")
     if address.startswith(("tcp://", "ipc://")):
         return address
     return "tcp://" + address.removeprefix("http://").rstrip("/")

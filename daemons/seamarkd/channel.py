@@ -3,8 +3,9 @@
 A plain socket is drained non-blocking whenever its file descriptor becomes readable: four to five times
 cheaper than awaiting ``zmq.asyncio``, and nothing is lost to a cancelled receive. The descriptor is
 edge-triggered, and a send may swallow an edge, so the socket's own event state is looked at after every drain
-and every send. A drain is bounded, so that a flood can't starve timers. What is not a message is counted,
-logged at a bounded rate and dropped.
+and every send. A drain is bounded, so that a flood can't starve timers. Where messages come one by one faster than a
+loop's turn pays for, they are let gather for a millisecond. What is not a message is counted, logged at a bounded rate
+and dropped.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ from seamark.protocol.messages import Message, Refused
 log = logging.getLogger(__name__)
 
 DRAIN_LIMIT = 256
+RUSH_GAP = 0.0005
+"""Seconds between two drains that follow each other in a rush."""
+RUSH_DRAINS = 64
+"""So many of them in a row, and messages are let gather; a few workers that answer each other never make as many."""
+RUSH_PAUSE = 0.001
+"""Seconds they gather; a beat that waits for so long is as good as before."""
+RUSH_OVER = 4
+"""Fewer than so many gathered: the rush is over."""
 LOG_INTERVAL = 60.0
 """Seconds between two log lines about unreadable frames of one peer."""
 MAX_PEERS_LOGGED = 1_000
@@ -51,6 +60,9 @@ class Channel:
         self._answers = kind == zmq.ROUTER
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
+        self._rush = 0
+        self._drained_at = 0.0
+        self._gathering: asyncio.TimerHandle | None = None
         self._logged: dict[bytes, float] = {}
         self._closed = False
         self.behind = False
@@ -88,7 +100,9 @@ class Channel:
         if self._closed:
             return
         self._closed = True
-        if self._handler is not None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+        elif self._handler is not None:
             self._loop.remove_reader(self._fd)
         self.socket.close()
 
@@ -98,15 +112,52 @@ class Channel:
             self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
-        self._scheduled = False
-        for _ in range(DRAIN_LIMIT):
+        if self._closed or self._gathering is not None:
+            self._scheduled = False
+            return
+        taken = self._take()
+        if self._closed or taken == DRAIN_LIMIT:
+            return
+        now = self._loop.time()
+        self._rush = self._rush + 1 if taken and now - self._drained_at < RUSH_GAP else 0
+        self._drained_at = now
+        if self._rush > RUSH_DRAINS:
+            self._loop.remove_reader(self._fd)
+            self._gathering = self._loop.call_later(RUSH_PAUSE, self._drain_gathered)
+
+    def _drain_gathered(self) -> None:
+        if self._take() >= RUSH_OVER and not self._closed:
+            self._gathering = self._loop.call_later(RUSH_PAUSE, self._drain_gathered)
+            return
+        self._gathering = None
+        self._rush = 0
+        if not self._closed:
+            self._loop.add_reader(self._fd, self._drain)
+            self._schedule()
+
+    def _take(self) -> int:
+        """Handles what is there, up to the limit; how much it was."""
+        # A send meanwhile asks for no drain of its own: this one goes on until nothing is left.
+        self._scheduled = True
+        taken = DRAIN_LIMIT
+        try:
+            taken = self._handle_waiting()
+        finally:
+            # Also after a handler that raised: what is left was announced by an edge that is spent.
+            self._scheduled = False
+            self.behind = taken == DRAIN_LIMIT
+            if self.behind:
+                self._schedule()
+        return taken
+
+    def _handle_waiting(self) -> int:
+        for taken in range(DRAIN_LIMIT):
             if self._closed:
-                return
+                return taken
             try:
                 frames = self.socket.recv_multipart(_NOBLOCK)
             except zmq.Again:
-                self.behind = False
-                return
+                return taken
             prefix = frames.pop(0) if self._prefixed and frames else b""
             try:
                 message = decode(frames)
@@ -115,8 +166,7 @@ class Channel:
                 continue
             assert self._handler is not None
             self._handler(prefix, message)
-        self.behind = True
-        self._schedule()
+        return DRAIN_LIMIT
 
     def _drop(self, peer: bytes, error: ProtocolError) -> None:
         self.dropped[error.reason] += 1

@@ -15,7 +15,7 @@ from typing import Any
 import zmq
 from msgspec import Struct, field
 
-from seamark.environment import STORE_OFFSET
+from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS, STORE_OFFSET
 from seamark.progress import ProgressPage
 from seamark.protocol.messages import (
     Beat,
@@ -139,6 +139,8 @@ class AgentShell:
         self._loop = asyncio.get_running_loop()
         self._incarnation = secrets.token_hex(8)
         self.address = check_address(f"ipc://{run_directory}/agent")
+        # For a Manager or a listener in a worker; what the job's own environment says goes before it.
+        self._lighthouse_environment = {LIGHTHOUSE_ADDRESS: lighthouse, LIGHTHOUSE_EVENTS: events}
         self._kept: dict[str, Kept] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._beats = 0
@@ -393,7 +395,7 @@ class AgentShell:
             order.member,
             order.incarnation,
             roster.spec.argv,
-            env=environment(roster, slot, order.incarnation, self.address),
+            env=self._lighthouse_environment | environment(roster, slot, order.incarnation, self.address),
             cwd=roster.spec.cwd,
             log=str(path),
             num_threads=threads_per_worker(roster.spec),
