@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,10 @@ HEARTBEAT_RANGE = (0.01, 1.0)
 """Seconds. A lighthouse gives a member up after 5 s by default: a slower beat would leave it no second chance."""
 JOIN_TIMEOUT = 60.0
 """Seconds; torchft's default."""
+LONGEST = 86_400.0
+"""Seconds; a longer timeout is a mistake."""
+LONGEST_NAME = 200
+"""Characters of a name, as the protocol has it."""
 WITHDRAW_TIMEOUT = 10.0
 """Seconds a commit waits for a replica group that still fetches the state of the step before."""
 
@@ -156,10 +160,22 @@ class Manager:
                 f"lighthouse_heartbeat_interval_seconds is {lighthouse_heartbeat_interval_seconds:g}: it has to be "
                 f"between {least:g} and {most:g}"
             )
-        self._timeout, self._quorum_timeout = seconds(timeout), seconds(quorum_timeout)
-        self._connect_timeout = seconds(connect_timeout)
+        if world_size_mode not in get_args(Mode):
+            raise ValueError(f"world_size_mode is {world_size_mode!r}: it has to be one of {', '.join(get_args(Mode))}")
+        if max_retries is not None and max_retries < 0:
+            raise ValueError(f"max_retries is {max_retries}: it has to be 0 or more, or None")
+        for name, text in (("job", job), ("replica_id", replica_id)):
+            if text is not None and not 1 <= len(text) <= LONGEST_NAME:
+                raise ValueError(f"{name} has {len(text)} characters: it has to have 1 to {LONGEST_NAME}")
+        self._timeout = positive("timeout", timeout)
+        self._quorum_timeout = positive("quorum_timeout", quorum_timeout)
+        self._connect_timeout = positive("connect_timeout", connect_timeout)
         if lighthouse_join_timeout_seconds is None:
             lighthouse_join_timeout_seconds = min(JOIN_TIMEOUT, self._quorum_timeout)
+        if not lighthouse_join_timeout_seconds >= 0.0:
+            raise ValueError(
+                f"lighthouse_join_timeout_seconds is {lighthouse_join_timeout_seconds:g}: it has to be 0 or more"
+            )
         if lighthouse_join_timeout_seconds > self._quorum_timeout:
             raise ValueError(
                 f"lighthouse_join_timeout_seconds={lighthouse_join_timeout_seconds:g} is longer than "
@@ -182,8 +198,10 @@ class Manager:
         self._batches_committed = 0
         self._commit_failures = 0
         self._quorum: Quorum | None = None
+        self._source: RankSession | None = None
         self._plan: Plan | None = None
         self._participation: tuple[int | None, int] = (None, 0)
+        self._least = min_replica_size
         self._healing = False
         self._pending_state: Any = None
         self._error: Exception | None = None
@@ -283,11 +301,15 @@ class Manager:
             self._states.withdraw(WITHDRAW_TIMEOUT)  # of a step that was given up without a vote
         if current_step is not None:
             self._step = current_step
+        if self._works:
+            # A step that was given up without a vote: its collectives may be under way, and none may end in the next.
+            self._group.cut()
+        self._least = least
         self._error = None
         self._healing = False
         self._pending_state = None
         self._works = []
-        limit = self._quorum_timeout if timeout is None else seconds(timeout)
+        limit = self._quorum_timeout if timeout is None else positive("timeout", timeout)
         failures = self._commit_failures
         if self._plan is not None and self._group.size == 0:
             failures = max(failures, 1)  # the group was cut: the others have to make theirs anew, too
@@ -348,8 +370,14 @@ class Manager:
         try:
             if before is None or before.quorum_id != quorum.quorum_id or self._group.size == 0:
                 prefix = f"seamark/replicas/{plan.quorum_id}/{self._rank}"
+                incarnations = {replica.incarnation for replica in quorum.participants}
                 self._group.configure(
-                    plan.store_address, prefix, plan.replica_rank, plan.replica_world_size, self._connect_timeout
+                    plan.store_address,
+                    prefix,
+                    plan.replica_rank,
+                    plan.replica_world_size,
+                    self._connect_timeout,
+                    gone=lambda: bool(incarnations & self._session.lost),
                 )
             if allow_heal:
                 self._heal(plan)
@@ -365,10 +393,11 @@ class Manager:
             return
         self._healing = True
         began = time.monotonic()
-        source = RankSession(self._context, plan.recover_src_manager_address, lambda _: None)
+        source = self._source = RankSession(self._context, plan.recover_src_manager_address, lambda _: None)
         try:
             where = source.ask(lambda request: StateAddressRequest(request, self._rank), self._connect_timeout)
         finally:
+            self._source = None
             source.close()
         assert isinstance(where, StateAddress)
         self._pending_state = fetch_state(
@@ -426,13 +455,16 @@ class Manager:
             done.set_result(tensor)
             return ManagedWork(done)
 
+        works = self._works
+
         def finish(reduced: torch.futures.Future[Any]) -> torch.Tensor:
             try:
                 reduced.value()
                 if reduce_op is None:
                     tensor.div_(count)
             except RuntimeError as error:
-                self.report_error(error)
+                if works is self._works:  # else of a step that was given up
+                    self.report_error(error)
             return tensor
 
         managed: torch.futures.Future[Any] = work.get_future().then(finish)
@@ -458,6 +490,9 @@ class Manager:
             for replica in quorum.participants
         ):
             self._group.cut()
+            source = self._source
+            if source is not None:
+                source.close()  # it may have been asked for its state; the next quorum names another
 
     # --- commit --------------------------------------------------------------------------------------------
 
@@ -469,10 +504,9 @@ class Manager:
             CommitFailures: ``max_retries`` is used up.
         """
         self._check_process()
-        self.wait_quorum()
+        quorum = self.wait_quorum()
         for work in self._works:
             work.wait()
-        self._works = []
         try:
             if self._healing and self._error is None:
                 self._apply_pending_state()
@@ -480,12 +514,15 @@ class Manager:
             self.report_error(error)
         plan = self._plan
         assert plan is not None
-        limit = self._timeout if timeout is None else seconds(timeout)
-        mine = self._error is None
+        limit = self._timeout if timeout is None else positive("timeout", timeout)
+        mine = self._error is None and self.num_participants() >= self._least
+        # The step that the whole replica group joined with: one of its ranks may have healed, and another not.
+        voted = next(one.step for one in quorum.participants if one.replica_id == self.replica_id)
         answer = self._session.ask(
-            lambda request: CommitVote(request, self._rank, plan.quorum_id, self._step, mine, limit), limit
+            lambda request: CommitVote(request, self._rank, plan.quorum_id, voted, mine, limit), limit
         )
         assert isinstance(answer, CommitDecision)
+        self._works = []
         if self._states.withdraw(WITHDRAW_TIMEOUT):
             log.warning(
                 "replica %s rank %d: cut a transfer of its state that took too long", self.replica_id, self._rank
@@ -530,13 +567,18 @@ class Manager:
 
     def shutdown(self) -> None:
         """Leaves in good order: the others wait for nobody. Idempotent; no thread or socket is left."""
+        if os.getpid() != self._pid:
+            return  # after a fork the sockets are the parent's
         with self._closed:
             if self._is_closed:
                 return
             self._is_closed = True
+        source = self._source
+        for session in (source, self._session):
+            if session is not None:
+                session.close()
         self._group.close()
         self._states.close()
-        self._session.close()
         if self._control is not None:
             self._control.close()
         self._executor.shutdown(wait=True, cancel_futures=True)
@@ -551,11 +593,20 @@ class Manager:
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError("a Manager belongs to the process that made it: make another after a fork")
+        if self._is_closed:
+            raise RuntimeError("this Manager was shut down: make another")
 
 
-def seconds(duration: float | timedelta) -> float:
-    """A duration in seconds."""
-    return duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+def positive(name: str, duration: float | timedelta) -> float:
+    """A duration in seconds.
+
+    Raises:
+        ValueError: it is none, or longer than a day.
+    """
+    seconds = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+    if not 0.0 < seconds <= LONGEST:
+        raise ValueError(f"{name} is {seconds:g}: it has to be more than 0 and at most {LONGEST:g} seconds")
+    return seconds
 
 
 def lighthouse_address(given: str | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import zmq
-from replicas import RawReplica, members
+from raw_replicas import RawReplica, members
 
 import seamarkd.lighthouse
 from seamark.protocol.codec import decode
@@ -161,6 +161,7 @@ def test_limits_that_contradict_each_other_are_refused_with_both_values() -> Non
         for name in "ab":
             lighthouse[name].beat()
         lighthouse["a"].join(min_members=2)
+        lighthouse["a"].beat()  # answered after its join was taken
         lighthouse["b"].join(min_members=1)
         refusal = lighthouse["b"].refused()
         assert refusal.code == "BAD_REQUEST"

@@ -208,6 +208,44 @@ def test_two_processes_under_one_name_and_a_quorum_that_nobody_can_form() -> Non
         assert joined(served) == set(), "a caller that gave up is withdrawn"
 
 
+def test_shutting_down_ends_a_call_that_waits() -> None:
+    with lighthouse() as served, pair(served) as managers:
+        pending = managers.start("A", target_world_size=2)
+        wait_for("A to wait", lambda: joined(served) == {"A"})
+        managers["A"].shutdown()
+        with pytest.raises(RuntimeError, match="closed|shut down"):
+            pending.result(timeout=5.0)
+
+
+def test_a_member_that_is_lost_while_the_group_is_made_holds_up_nobody() -> None:
+    """B never comes to the creation of the group: A is in it until the lighthouse says that B is gone."""
+    with lighthouse() as served, pair(served, timeout=60.0) as managers:
+        entered = threading.Event()
+        release = threading.Event()
+        make = managers["B"]._group._make
+
+        def never_comes(*arguments: Any) -> Any:
+            entered.set()
+            release.wait(60.0)
+            return make(*arguments)
+
+        managers["B"]._group._make = never_comes  # type: ignore[method-assign]
+        first = managers.start("A", target_world_size=2)
+        second = managers.start("B", target_world_size=2)
+        assert entered.wait(30.0)
+        wait_for("A to make the group", lambda: managers["A"]._group._under_way is not None)
+        silence(managers["B"])
+        try:
+            first.result(timeout=HEARTBEAT_TIMEOUT + 2 * FAILURE_TICK + 10.0)
+            assert "lost while the process group was made" in str(managers["A"].errored())
+            assert managers["A"].should_commit() is False
+            assert names(managers["A"].start_quorum()) == ["A"]
+        finally:
+            managers["B"]._group.cut()
+            release.set()
+            second.exception(timeout=90.0)
+
+
 def test_without_a_lighthouse_the_caller_is_told_so() -> None:
     with lighthouse() as served:
         address = served.address
@@ -228,6 +266,13 @@ def test_without_a_lighthouse_the_caller_is_told_so() -> None:
         ({"lighthouse_heartbeat_interval_seconds": 30.0}, "lighthouse_heartbeat_interval_seconds is 30"),
         ({"lighthouse_join_timeout_seconds": 9.0, "quorum_timeout": 5.0}, "longer than quorum_timeout=5"),
         ({"state_dict": dict}, "come together"),
+        ({"lighthouse_join_timeout_seconds": -5.0}, "lighthouse_join_timeout_seconds is -5"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"quorum_timeout": float("nan")}, "quorum_timeout is nan"),
+        ({"world_size_mode": "FIXED"}, "DYNAMIC, FIXED_WITH_SPARES"),
+        ({"max_retries": -1}, "max_retries is -1"),
+        ({"job": ""}, "job has 0 characters"),
+        ({"replica_id": "x" * 201}, "replica_id has 201 characters"),
         ({"lighthouse_addr": None}, "no lighthouse"),
     ],
 )

@@ -30,6 +30,7 @@ from seamark.replicas.core import (
     LIGHTHOUSE_PATIENCE,
     RECONNECT_AFTER,
     RESEND_INTERVAL,
+    WITHDRAW_PATIENCE,
     Effect,
     ManagerCore,
     Reconnect,
@@ -102,7 +103,7 @@ def test_the_lighthouse_is_asked_once_all_ranks_did() -> None:
     assert (request.quorum_id, request.quorum_members) == (7, ["a"])
 
 
-@pytest.mark.parametrize(("name", "value"), [("step", 4), ("min_members", 2), ("shrink_only", True)])
+@pytest.mark.parametrize(("name", "value"), [("target_members", 4), ("min_members", 2), ("shrink_only", True)])
 def test_ranks_that_contradict_each_other_are_refused(name: str, value: int) -> None:
     bench = Bench()
     bench.join(0)
@@ -141,14 +142,49 @@ def test_beats_and_unanswered_requests_are_repeated() -> None:
     assert bench.core.wake_at() <= bench.now + ME.heartbeat_interval
 
 
-def test_a_caller_that_gives_up_is_withdrawn() -> None:
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_caller_that_gives_up_is_withdrawn(heard: bool) -> None:
     bench = Bench()
     bench.join(0, timeout=1.0)
     bench.join(1, timeout=1.0)
     bench.hear(BeatAnswer(1, 1, known=True))
     bench.tick(1.0)
     assert [one.request for one in bench.asked(ReplicaWithdraw)] == [1]
+    assert bench.told(Refused) == [], "its answer may be on its way"
+    if heard:
+        bench.hear(Acknowledged(1))
+    else:
+        bench.tick(1.0 + WITHDRAW_PATIENCE)
     assert {one.code for one in bench.told(Refused)} == {"TIMEOUT"}
+    bench.join(0)
+    assert {one.code for one in bench.told(Refused)} == {"TIMEOUT"}, (
+        "a repetition of what was refused is no new request"
+    )
+
+
+def test_an_answer_that_crosses_the_withdrawal_counts() -> None:
+    bench = Bench()
+    bench.join(0, timeout=1.0)
+    bench.join(1, timeout=1.0)
+    bench.tick(1.0)
+    bench.answer(1)
+    assert len(bench.told(RankQuorum)) == 2
+
+
+def test_the_step_of_the_rank_that_is_behind_is_that_of_the_group() -> None:
+    bench = Bench()
+    bench.join(0, step=3)
+    bench.join(1, step=4)
+    assert bench.asked(ReplicaJoin)[0].replica.step == 3
+
+
+def test_a_vote_whose_time_is_over_is_withdrawn_from_the_ballot() -> None:
+    bench = Bench()
+    bench.vote(0)
+    bench.tick(30.0)
+    assert "ranks [1]" in bench.told(Refused)[0].reason
+    bench.vote(1)
+    assert "came too late" in bench.told(Refused)[0].reason
 
 
 def test_a_rank_that_never_asks_is_named() -> None:

@@ -22,7 +22,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.effects import Effect, ProbeMember, Publish, Send, Wake
 from seamarkd.lighthouse.events import EventLog
-from seamarkd.lighthouse.replicas import PROBE_AFTER, ReplicaGroup, ReplicaOptions
+from seamarkd.lighthouse.replicas import PROBE_AFTER, SURELY_ALIVE, ReplicaGroup, ReplicaOptions
 
 T = TypeVar("T", bound=Message)
 TIMEOUT = 5.0
@@ -36,6 +36,7 @@ class Bench:
         self.group = ReplicaGroup("job", EventLog("job", epoch), epoch << 32, settles_at, ReplicaOptions())
         self.said: list[Effect] = []
         self.requests: dict[str, int] = {}
+        self.last: ReplicaQuorum | None = None
 
     def beat(self, *names: str, incarnation: str = "") -> None:
         self.said = []
@@ -45,6 +46,7 @@ class Bench:
 
     def join(self, name: str, *, incarnation: str = "", last: ReplicaQuorum | None = None, **fields: Any) -> None:
         who = incarnation or f"{name}-1"
+        last = last or self.last
         number = self.requests[who] = self.requests.get(who, 0) + 1
         failures = fields.pop("commit_failures", 0)
         shrink = fields.pop("shrink_only", False)
@@ -76,7 +78,7 @@ class Bench:
         self.beat(*names)
         for name in names:
             self.join(name)
-        answer = self.sent(ReplicaQuorum)[0]
+        answer = self.last = self.sent(ReplicaQuorum)[0]
         assert members(answer) == list(names)
         return answer
 
@@ -162,8 +164,12 @@ def test_a_second_process_under_a_living_name_is_refused_and_one_after_its_death
     assert bench.probes() == ["a-1"], "does the first one live?"
     bench.group.probed(bench.now, "a", "a-1", "accepted")
     bench.join("a", incarnation="a-2")
+    assert bench.sent(Refused) == [], "a dying process accepts connections, too"
+    bench.now = SURELY_ALIVE + 0.1
+    bench.beat("a")
+    bench.join("a", incarnation="a-2")
     (refusal,) = bench.sent(Refused)
-    assert (refusal.code, refusal.request) == ("NAME_TAKEN", 2)
+    assert (refusal.code, refusal.request) == ("NAME_TAKEN", 3)
     bench.now = 4.0 + TIMEOUT
     bench.beat("a")
     bench.join("a", incarnation="a-2")
@@ -201,9 +207,10 @@ def test_a_caller_that_gave_up_is_no_ghost() -> None:
     bench = Bench()
     bench.beat("a", "b")
     bench.join("a")
-    bench.group.withdraw(ReplicaWithdraw("job", "a", "a-0", 9))
+    bench.group.withdraw(b"a", ReplicaWithdraw("job", "a", "a-0", 9))
     assert bench.group.status(0.0).members[0].joined, "of another process"
-    bench.group.withdraw(ReplicaWithdraw("job", "a", "a-1", 1))
+    bench.said = bench.group.withdraw(b"a", ReplicaWithdraw("job", "a", "a-1", 1))
+    assert bench.sent(Acknowledged) == [Acknowledged(1)]
     assert not bench.group.status(0.0).members[0].joined
 
 

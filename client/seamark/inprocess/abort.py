@@ -172,14 +172,14 @@ class ProcessGroups:
         with self._changed:
             groups = [connection for loop in self._loops for connection in loop.connections()]
             stores = list(self._store_sockets)
-        return sum(map(self._end_reading, groups)) + sum(map(_shut_down, stores))
+        return sum(map(self._end_reading, groups)) + sum(map(shut_down, stores))
 
     def _cut_growing(self, loop: GlooLoop, size: int) -> int:
         """Ends what a creation under way has connected, and what it waits for."""
-        count = sum(map(_shut_down, loop.connections()))
+        count = sum(map(shut_down, loop.connections()))
         if loop.listener not in self._called:
             self._called.add(loop.listener)
-            _call_as_every_peer(loop.listener, size)
+            call_as_every_peer(loop.listener, size)
         return count
 
     def _end_reading(self, connection: Socket) -> bool:
@@ -228,7 +228,7 @@ def end_reading(connection: Socket) -> socket.socket | None:
     return held
 
 
-def _shut_down(connection: Socket) -> bool:
+def shut_down(connection: Socket) -> bool:
     # Never close(): the descriptor is its owner's. A socket that is gone or not connected needs no cutting.
     try:
         with connection.borrowed() as borrowed:
@@ -238,7 +238,7 @@ def _shut_down(connection: Socket) -> bool:
     return True
 
 
-def _call_as_every_peer(listener: Socket, size: int) -> None:
+def call_as_every_peer(listener: Socket, size: int) -> None:
     """Connect to a Gloo listener in the place of each of ``size`` ranks, and hang up.
 
     During creation a rank waits, for five times the group's timeout, until the peer that has to connect has done so

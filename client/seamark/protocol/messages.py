@@ -615,7 +615,11 @@ class Snapshot(Message, frozen=True):
 
 
 class ReplicaBeat(Message, frozen=True):
-    """The heartbeat of a replica group, by the manager of its rank 0. ``address``: see Replica."""
+    """The heartbeat of a replica group, by the manager of its rank 0. ``address``: see Replica.
+
+    ``waiting`` is the request that it waits for, 0 if none: who gave up is known even if the word of that was lost.
+    ``seen`` is the number of the last failure that reached it in this epoch: later ones are pushed to it again.
+    """
 
     type_id = 60
     direction = "manager -> lighthouse"
@@ -626,6 +630,8 @@ class ReplicaBeat(Message, frozen=True):
     address: Short
     sequence: Count
     step: Count
+    waiting: Count = 0
+    seen: Count = 0
 
 
 class ReplicaJoin(Message, frozen=True):

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from seamark.inprocess.abort import connect, end_reading
-from seamark.inprocess.groups import Creation, GlooLoop
+from seamark.inprocess.abort import call_as_every_peer, connect, end_reading, shut_down
+from seamark.inprocess.groups import Creation, GlooLoop, Socket
 from seamark.inprocess.resolver import no_name_server
 
 Backend = Literal["gloo", "nccl"]
+DROP_TIMEOUT = 5.0
+"""Seconds that the end waits for the destructor of a group, which joins threads."""
+
+
+CREATION_PATIENCE = 0.5
+"""Seconds that a group's creation is looked at to cut what it opens; it ends by its own timeout at the latest."""
+LOOK_AGAIN = 0.002
 
 
 class GroupUnavailable(RuntimeError):
@@ -40,6 +49,9 @@ class ReconfigurableGroup:
         self._group: Any = None
         self._loops: list[GlooLoop] = []
         self._held: list[socket.socket] = []
+        self._dropping: list[threading.Thread] = []
+        self._under_way: tuple[Creation, Socket] | None = None
+        self._was_cut = False
         self._size = 0
         self._rank = 0
 
@@ -53,7 +65,9 @@ class ReconfigurableGroup:
         """This process's rank in it."""
         return self._rank
 
-    def configure(self, store_address: str, prefix: str, rank: int, size: int, timeout: float) -> None:
+    def configure(
+        self, store_address: str, prefix: str, rank: int, size: int, timeout: float, gone: Callable[[], bool] = bool
+    ) -> None:
         """Replaces the group by one whose ranks meet under a prefix of a store; all have to call it.
 
         Args:
@@ -61,31 +75,48 @@ class ReconfigurableGroup:
             prefix: used for no other group.
             rank, size: of this process.
             timeout: seconds to reach the store.
+            gone: whether one of the ranks is known to be lost; asked once ``cut`` ends what follows.
 
         Raises:
+            GroupUnavailable: it was cut meanwhile, or a rank is gone.
             torch.distributed.DistError: the store or a peer could not be reached.
         """
         self.cut()
         host, _, port = store_address.rpartition(":")
-        client, _ = connect(host, int(port), timeout)
-        store = dist.PrefixStore(prefix, client)
-        with no_name_server():
-            group, loops = self._make(store, rank, size)
+        client, connection = connect(host, int(port), timeout)
+        creation = Creation(size)
         with self._lock:
-            self._group, self._loops, self._rank, self._size = group, loops, rank, size
-            held, self._held = self._held, []
+            self._under_way = (creation, connection)
+            self._was_cut = gone()
+        group: Any = None
+        try:
+            if not self._was_cut:
+                with no_name_server():
+                    group = self._make(dist.PrefixStore(prefix, client), rank, size)
+        except RuntimeError:
+            if not self._was_cut:
+                raise
+        finally:
+            loops = creation.loops() if self.backend == "gloo" else []
+            with self._lock:
+                self._under_way = None
+                cut = self._was_cut
+                self._group, self._loops, self._rank, self._size = group, loops, rank, size
+                held, self._held = self._held, []
+            if cut:
+                self.cut()
+        if cut:
+            raise GroupUnavailable("a replica group was lost while the process group was made")
         # Every rank has left the group before this one: nobody's send can be broken any more (see end_reading).
-        for connection in held:
-            connection.close()
+        for duplicate in held:
+            duplicate.close()
 
-    def _make(self, store: Any, rank: int, size: int) -> tuple[Any, list[GlooLoop]]:
+    def _make(self, store: Any, rank: int, size: int) -> Any:
         if self.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
-            return dist.ProcessGroupNCCL(store, rank, size, options), []
-        creation = Creation(size)
-        group = dist.ProcessGroupGloo(store, rank, size, self._timeout)
-        return group, creation.loops()
+            return dist.ProcessGroupNCCL(store, rank, size, options)
+        return dist.ProcessGroupGloo(store, rank, size, self._timeout)
 
     def allreduce(self, tensor: torch.Tensor, op: Any = None) -> Any:
         """Starts an allreduce; the work that torch returns.
@@ -131,7 +162,9 @@ class ReconfigurableGroup:
             group, self._group = self._group, None
             loops, self._loops = self._loops, []
             self._size = 0
+            self._was_cut = True
         if group is None:
+            self._cut_creation()
             return
         if self.backend == "nccl":
             threading.Thread(target=group.abort, name="seamark-nccl-abort", daemon=True).start()
@@ -143,12 +176,36 @@ class ReconfigurableGroup:
         # Gloo's destructor joins threads, which can take long: not on the caller's.
         dropped = [group]
         del group
-        threading.Thread(target=dropped.clear, name="seamark-drop-group", daemon=True).start()
+        thread = threading.Thread(target=dropped.clear, name="seamark-drop-group", daemon=True)
+        thread.start()
+        with self._lock:
+            self._dropping = [one for one in self._dropping if one.is_alive()] + [thread]
+
+    def _cut_creation(self) -> None:
+        """Frees the thread that makes a group: in the store, on its connections, and where it waits for a peer."""
+        called: set[Socket] = set()
+        until = time.monotonic() + CREATION_PATIENCE
+        while time.monotonic() < until:
+            with self._lock:
+                if self._under_way is None:
+                    return
+                creation, connection = self._under_way
+            shut_down(connection)
+            for loop in creation.loops():
+                for one in loop.connections():
+                    shut_down(one)
+                if loop.listener not in called:
+                    called.add(loop.listener)
+                    call_as_every_peer(loop.listener, creation.size)
+            time.sleep(LOOK_AGAIN)
 
     def close(self) -> None:
         """Gives the group and all connections up."""
         self.cut()
         with self._lock:
             held, self._held = self._held, []
-        for connection in held:
-            connection.close()
+        for duplicate in held:
+            duplicate.close()
+        # An interpreter that ends inside Gloo's destructor takes the process down with it (std::terminate, 134).
+        for thread in self._dropping:
+            thread.join(DROP_TIMEOUT)

@@ -19,13 +19,14 @@ from typing import Any
 import zmq
 
 from seamark.protocol.codec import ProtocolError, decode, encode
-from seamark.protocol.messages import FailureEvent, Message, Refused
+from seamark.protocol.messages import FailureEvent, Message, RankQuorum, Refused
 from seamark.protocol.sockets import make_socket
 
 log = logging.getLogger(__name__)
 
 REPEAT_INTERVAL = 1.0
 """Seconds after which an unanswered request is sent again."""
+CLOSED = "this Manager was shut down"
 ANSWER_MARGIN = 2.0
 """Seconds beyond its own timeout that a request may take to be answered: the manager says why it ran out."""
 
@@ -65,6 +66,8 @@ class RankSession:
         # Not from 1: a rank started anew must not be taken for its predecessor's repetition.
         self._request = secrets.randbits(40)
         self._pending: Message | None = None
+        self.lost: set[str] = set()
+        """Incarnations whose failure came after the last quorum's answer."""
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._serve, name="seamark-rank", daemon=True)
@@ -78,6 +81,8 @@ class RankSession:
             ManagerError: it was refused.
         """
         with self._lock:
+            if self._closing:
+                raise ManagerError("UNREACHABLE", CLOSED)
             self._request += 1
             request = make(self._request)
             self._pending = request
@@ -90,6 +95,8 @@ class RankSession:
                     except queue.Empty:
                         sentence = f"the manager at {self._address} did not answer within {timeout:g} s"
                         raise QuorumTimeout("TIMEOUT", sentence) from None
+                    if self._closing:
+                        raise ManagerError("UNREACHABLE", CLOSED)
                     if getattr(answer, "request", None) == self._request:
                         break
             finally:
@@ -100,13 +107,15 @@ class RankSession:
         return answer
 
     def close(self) -> None:
-        """Ends the thread; its socket is closed when this returns. May be called twice."""
+        """Ends the thread, and whoever waits for an answer; its socket is closed when this returns. Idempotent."""
         if self._closing:
             return
         self._closing = True
+        self._answers.put(Refused(0, "UNREACHABLE", CLOSED))  # wakes who waits
         os.eventfd_write(self._wake, 1)
         self._thread.join()
-        os.close(self._wake)
+        with self._lock:  # nobody may write to a descriptor that is another's by now
+            os.close(self._wake)
 
     def _post(self, message: Message) -> None:
         self._outgoing.append(message)
@@ -154,6 +163,9 @@ class RankSession:
                 continue
             heard = True
             if isinstance(message, FailureEvent):
+                self.lost.add(message.failure.incarnation)
                 self._on_failure(message)
             else:
+                if isinstance(message, RankQuorum):
+                    self.lost.clear()  # what was lost before this quorum and is in it came back
                 self._answers.put(message)

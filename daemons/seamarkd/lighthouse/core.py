@@ -248,9 +248,7 @@ class Lighthouse:
 
     def _replica_withdraw(self, now: float, route: bytes, request: ReplicaWithdraw) -> list[Effect]:
         group = self.replicas.get(request.job)
-        if group is not None:
-            group.withdraw(request)
-        return []
+        return group.withdraw(route, request) if group else [Send(route, Acknowledged(request.request))]
 
     def _inject(self, now: float, route: bytes, request: InjectFailure) -> list[Effect]:
         group: Group | ReplicaGroup | None = (self.groups if request.group == RANKS else self.replicas).get(request.job)

@@ -9,6 +9,7 @@ heartbeat timeout.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 from msgspec import Struct
@@ -53,6 +54,13 @@ LOOK_COST = 2e-5
 """Seconds that a look at one member costs at most: of many, it is taken less often."""
 PROBES_AT_ONCE = 64
 """Members that are looked at together; a round trip to each is nothing, and no burst either."""
+SURELY_ALIVE = 1.0
+"""Seconds that a member has to beat on beside another process of its name: a dying one accepts connections, too."""
+RIVALS_KEPT = 60.0
+PUSHED_KEPT = 64
+"""Failures that are pushed again to a manager whose beat says that it has not seen them."""
+OVER = -1
+"""In the place of an answer: the request was answered by a reset, or withdrawn."""
 FORGET_AFTER = 3_600.0
 """Seconds after which a member that failed and never came back is shown and remembered no longer."""
 
@@ -73,6 +81,8 @@ class Living(Struct):
     address: str
     route: bytes
     last_beat: float
+    since: int = 0
+    """The job's last event when it was first heard of."""
     step: int = 0
     contested_until: float = 0.0
     """Seconds; up to then another process under its name is refused, for this one was just seen to live."""
@@ -113,15 +123,25 @@ class ReplicaGroup:
         self._settles_at = settles_at
         self._options = options
         self._joins: dict[str, Waiting] = {}
-        self._answered: dict[str, tuple[int, ReplicaQuorum]] = {}
-        """By incarnation of the last quorum's members: the request it answered, and the answer."""
+        self._answered: dict[str, tuple[int, int]] = {}
+        """By incarnation: the last of its requests that was answered, and by which answer."""
+        self._round = 0
+        """Counts the answers, and the ends of their quorums by a loss."""
+        self._participants: list[Replica] = []
         self._previous: PreviousQuorum | None = None
         self._processes: frozenset[str] = frozenset()
         """The incarnations of its members; empty where a lighthouse before this one answered it."""
+        self._broken = False
+        """One of them was lost since it was answered."""
         self._expected: dict[str, float] = {}
         self._failures: dict[str, Failed] = {}
+        self._pushed: deque[FailureEvent] = deque(maxlen=PUSHED_KEPT)
+        self._ended: dict[str, float] = {}
+        """Incarnations that said goodbye or whose death an agent saw: what still arrives of them is late."""
         self._newcomers: dict[str, Waiting] = {}
         """Requests of other processes under the name of a member, until it is known whether that one lives."""
+        self._rivals: dict[tuple[str, str], float] = {}
+        """Since when another process is heard of under a member's name."""
         self._tick_due = 0.0
         self._probe_at = 0.0
 
@@ -133,6 +153,14 @@ class ReplicaGroup:
         if taken is None:
             return effects
         taken.step = beat.step
+        effects += [
+            Send(route, event)
+            for event in self._pushed
+            if event.sequence > max(beat.seen, taken.since) and event.failure.incarnation not in self._processes
+        ]
+        waiting = self._joins.get(beat.replica_id)
+        if waiting is not None and (beat.waiting == 0 or beat.waiting > waiting.request.request):
+            del self._joins[beat.replica_id]  # it gave up, and the word of that was lost
         return [*effects, Send(route, BeatAnswer(self._events.epoch, beat.sequence, known=True))]
 
     def _hear(
@@ -141,7 +169,8 @@ class ReplicaGroup:
         """A sign of life; None for another process under the name of one that may live."""
         known = self.members.get(replica_id)
         if known is not None and known.incarnation != incarnation:
-            if now < known.contested_until:
+            since = self._rivals.setdefault((replica_id, incarnation), now)
+            if now < known.contested_until and known.last_beat > since + SURELY_ALIVE:
                 sentence = (
                     f"replica_id {replica_id} of job {self.job} is in use by a process that answers on "
                     f"{known.address}: give this one another replica_id, or end the other"
@@ -152,11 +181,18 @@ class ReplicaGroup:
             known.last_beat = max(known.last_beat, now)
             known.route = route
             return [], known
-        self.members[replica_id] = known = Living(incarnation, address, route, now)
+        if incarnation in self._ended:
+            return [], None
+        self.members[replica_id] = known = Living(incarnation, address, route, now, self._events.sequence)
         self._expected.pop(replica_id, None)
-        if self._failures.pop(replica_id, None) is None:
+        failed = self._failures.pop(replica_id, None)
+        if failed is None:
             return [], known
-        return [Publish(self.job, self._events.recovered(REPLICAS, replica_id, incarnation))], known
+        effects: list[Effect] = [Publish(self.job, self._events.recovered(REPLICAS, replica_id, incarnation))]
+        if failed.event.failure.incarnation == incarnation:
+            # The others have cut their groups; it may wait for them in its own.
+            effects.append(Send(route, failed.event))
+        return effects, known
 
     def _probe(self, replica_id: str, living: Living) -> Effect:
         return ProbeMember(self.job, replica_id, living.incarnation, living.address)
@@ -182,12 +218,14 @@ class ReplicaGroup:
         effects: list[Effect] = []
         if known is not None and known.incarnation == leave.incarnation:
             effects = self._lose(now, {leave.replica_id: Cause(kind="left", text=leave.reason)}, "manager")
+        self._ended[leave.incarnation] = now
         return [*effects, Send(route, Acknowledged(leave.request))]
 
     def process_lost(self, now: float, incarnation: str, cause: Cause, detector: str) -> list[Effect]:
         """An agent saw a worker die; it may have been the manager of one of these replica groups."""
         for member, living in self.members.items():
             if living.incarnation == incarnation:
+                self._ended[incarnation] = now
                 return self._lose(now, {member: cause}, detector)
         return []
 
@@ -208,6 +246,9 @@ class ReplicaGroup:
         for member, cause in causes.items():
             living = self.members.pop(member)
             self._joins.pop(member, None)
+            if living.incarnation in self._processes and not self._broken:
+                self._broken = True
+                self._round += 1
             failure = Failure(
                 kind="lost",
                 member=member,
@@ -223,6 +264,7 @@ class ReplicaGroup:
             )
             event = self._events.failure(REPLICAS, failure)
             self._failures[member] = Failed(event, now)
+            self._pushed.append(event)
             effects.append(Publish(self.job, event))
             # Also straight to the other managers: they have no subscription, and their ranks may hang in a collective.
             effects += [Send(other.route, event) for other in self.members.values()]
@@ -230,6 +272,9 @@ class ReplicaGroup:
 
     def _reset(self, why: str) -> list[Effect]:
         waiting, self._joins = self._joins, {}
+        for one in waiting.values():
+            # Its repetition may be on its way: each request has one answer.
+            self._answered[one.request.replica.incarnation] = (one.request.request, OVER)
         return [
             Send(route, QuorumReset(self.job, REPLICAS, recipients, f"quorum reset: {why}"))
             for route, recipients in _by_route(waiting.values()).items()
@@ -244,16 +289,21 @@ class ReplicaGroup:
             now, route, replica.replica_id, replica.incarnation, replica.address, request.request
         )
         if living is None:
-            self._newcomers[replica.replica_id] = Waiting(request, route, now)
+            if any(isinstance(effect, ProbeMember) for effect in heard):
+                self._newcomers[replica.replica_id] = Waiting(request, route, now)
             return heard
         living.step = replica.step
-        answered = self._answered.get(replica.incarnation)
-        if answered is not None and request.request <= answered[0]:
-            recipient = Recipient(replica.replica_id, replica.incarnation, request.request)
-            if request.request < answered[0]:
-                return heard
-            answer = answered[1]
-            return [*heard, Send(route, ReplicaQuorum(self.job, [recipient], answer.quorum_id, answer.participants))]
+        number, answer = self._answered.get(replica.incarnation, (-1, 0))
+        if request.request < number:
+            return heard
+        if request.request == number:
+            recipients = [Recipient(replica.replica_id, replica.incarnation, number)]
+            if answer == self._round and self._previous is not None:
+                again = ReplicaQuorum(self.job, recipients, self._previous.quorum_id, self._participants)
+                return [*heard, Send(route, again)]
+            # It may have the answer: then it waits for nothing, and takes no notice.
+            return [*heard, Send(route, QuorumReset(self.job, REPLICAS, recipients, "quorum reset: it is over"))]
+        heard += self._missed(now, request)
         contradiction = self._contradiction(request)
         if contradiction:
             return [*heard, Send(route, Refused(request.request, "BAD_REQUEST", contradiction, self.job))]
@@ -275,6 +325,32 @@ class ReplicaGroup:
         """False while the decision can only be to wait: every join of many members need not ask for it."""
         last = self._previous.members if self._previous else frozenset()
         return len(self._joins) >= len(self.members) or (bool(last) and last <= self._joins.keys())
+
+    def _missed(self, now: float, request: ReplicaJoin) -> list[Effect]:
+        """Who asks again and never was in the quorum that it is counted in: the others wait for it in vain."""
+        replica, previous = request.replica, self._previous
+        if self._broken or previous is None or replica.incarnation not in self._processes:
+            return []
+        if request.quorum_id >= previous.quorum_id:
+            return []
+        self._broken = True
+        self._round += 1
+        text = f"it did not take part in quorum {previous.quorum_id}: its caller had given up"
+        failure = Failure(
+            kind="faulted",
+            member=replica.replica_id,
+            incarnation=replica.incarnation,
+            rank=-1,
+            node="",
+            iteration=-1,
+            cause=Cause(kind="exception", text=text),
+            occurred_at=-1.0,
+            detected_at=now,
+            published_at=now,
+            detector="quorum",
+        )
+        event = FailureEvent(self.job, REPLICAS, self._events.epoch, self._events.sequence, failure)
+        return [Send(self.members[one].route, event) for one in previous.members if one in self.members]
 
     def _contradiction(self, request: ReplicaJoin) -> str:
         """Limits of one quorum are the same for all who wait for it (D1)."""
@@ -312,13 +388,20 @@ class ReplicaGroup:
         )
         return wake + [self._probe(member, self.members[member]) for _, member in absent[:PROBES_AT_ONCE]]
 
-    def withdraw(self, withdrawal: ReplicaWithdraw) -> None:
+    def withdraw(self, route: bytes, withdrawal: ReplicaWithdraw) -> list[Effect]:
         """The caller gave up: without this it would be a ghost in the next quorum."""
-        waiting = self._joins.get(withdrawal.replica_id)
-        if waiting is None or waiting.request.replica.incarnation != withdrawal.incarnation:
-            return
-        if waiting.request.request <= withdrawal.request:
-            del self._joins[withdrawal.replica_id]
+        for waits in (self._newcomers, self._joins):
+            waiting = waits.get(withdrawal.replica_id)
+            if (
+                waiting is not None
+                and waiting.request.replica.incarnation == withdrawal.incarnation
+                and waiting.request.request <= withdrawal.request
+            ):
+                del waits[withdrawal.replica_id]
+        number, _ = self._answered.get(withdrawal.incarnation, (-1, OVER))
+        if withdrawal.request > number:
+            self._answered[withdrawal.incarnation] = (withdrawal.request, OVER)
+        return [Send(route, Acknowledged(withdrawal.request))]
 
     def answer_if_ready(self, now: float) -> list[Effect]:
         """Answers the quorum as soon as its members are there."""
@@ -366,17 +449,19 @@ class ReplicaGroup:
         failed = max(replica.commit_failures for replica in participants)
         processes = frozenset(replica.incarnation for replica in participants)
         # A process that was started anew under its old name is another member: everybody's group has to be made anew.
-        renewed = bool(self._processes) and processes != self._processes
+        # And where one of them was lost meanwhile, some have cut their groups and some have not.
+        renewed = self._broken or processes != self._processes
         quorum_id = next_quorum_id(self._previous, chosen, max(failed, int(renewed)), floor=self._floor)
-        self._processes = processes
+        self._processes, self._broken = processes, False
+        self._participants = participants
+        self._round += 1
         self._previous = PreviousQuorum(quorum_id, frozenset(chosen))
-        self._answered = {}
         effects: list[Effect] = []
         for route, recipients in _by_route(joins.values()).items():
             answer = ReplicaQuorum(self.job, recipients, quorum_id, participants)
             effects.append(Send(route, answer))
             for one in recipients:
-                self._answered[one.incarnation] = (one.request, answer)
+                self._answered[one.incarnation] = (one.request, self._round)
         event = self._events.replica_quorum(REPLICAS, quorum_id, participants, self.reason)
         return [*effects, Publish(self.job, event)]
 
@@ -395,11 +480,17 @@ class ReplicaGroup:
                 heartbeat_timeout=self._options.heartbeat_timeout,
             )
             self._newcomers.clear()
+            forgotten = now - RIVALS_KEPT
+            self._rivals = {rival: since for rival, since in self._rivals.items() if since > forgotten}
             causes = {member: Cause(kind="heartbeat", text=TIMEOUT_TEXT) for member in tick.notifications}
             effects += self._lose(now, causes, "heartbeat timeout") if causes else []
             self._failures = {
                 member: failed for member, failed in self._failures.items() if now - failed.at < FORGET_AFTER
             }
+            self._ended = {one: at for one, at in self._ended.items() if now - at < FORGET_AFTER}
+            known = {living.incarnation for living in self.members.values()}
+            known |= {failed.event.failure.incarnation for failed in self._failures.values()}
+            self._answered = {one: answered for one, answered in self._answered.items() if one in known}
         return [*effects, *self.answer_if_ready(now), *self._probe_absent(now)]
 
     @property

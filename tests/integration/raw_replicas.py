@@ -33,6 +33,7 @@ class RawReplica:
         self.socket = make_socket(context, zmq.DEALER, identity=self.incarnation.encode())
         self.socket.connect(lighthouse)
         self._number = 0
+        self._waiting = 0
         self._last: ReplicaQuorum | None = None
 
     def send(self, message: Message) -> None:
@@ -48,7 +49,7 @@ class RawReplica:
 
     def beat(self) -> BeatAnswer:
         self._number += 1
-        self.send(ReplicaBeat("job", self.replica_id, self.incarnation, "", self._number, 0))
+        self.send(ReplicaBeat("job", self.replica_id, self.incarnation, "", self._number, 0, self._waiting))
         return self.receive(BeatAnswer)
 
     def join(self, **fields: Any) -> None:
@@ -58,6 +59,7 @@ class RawReplica:
         replica = {"address": "", "store_address": "", "step": 0, "world_size": 1} | replica
         replica |= {"replica_id": self.replica_id, "incarnation": self.incarnation}
         last = self._last
+        self._waiting = self._number
         self.send(
             ReplicaJoin(
                 job="job",
@@ -72,7 +74,8 @@ class RawReplica:
     def quorum(self, deadline: float = DEADLINE) -> ReplicaQuorum:
         """The answer to the last join."""
         self._last = self.receive(ReplicaQuorum, deadline)
-        assert self._last.recipients[0].request == self._number
+        assert self._last.recipients[0].request == self._waiting
+        self._waiting = 0
         return self._last
 
     def reset(self) -> QuorumReset:
