@@ -18,7 +18,7 @@ from seamark.protocol.codec import decode
 from seamark.protocol.messages import FailureEvent, RecoveredEvent, ReplicaWithdraw
 from seamark.protocol.sockets import make_socket
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.replicas
 
 VECTORS = json.loads((Path(__file__).parents[1] / "conformance" / "quorum_vectors.json").read_text())
 N = 0xFFFFFFFF

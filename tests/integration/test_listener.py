@@ -47,7 +47,7 @@ from seamarkd.lighthouse import Served
 from seamarkd.lighthouse import shell as lighthouse_shell
 from seamarkd.lighthouse.events import EventLog
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.replicas
 
 T = TypeVar("T", bound=Message)
 PATIENCE = 20.0

@@ -27,12 +27,12 @@ from seamark.manager import Manager, Quorum, QuorumTimeout
 from seamark.protocol.codec import decode, encode
 from seamark.protocol.messages import LighthouseStatus, StatusRequest
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.replicas
 
 TRAINING = Path(__file__).parents[2] / "examples" / "train_replicas.py"
 HEARTBEAT_TIMEOUT = 1.0
 FAILURE_TICK = 0.1
-KILLS = int(os.environ.get("SEAMARK_REPLICA_KILLS", "3"))
+KILLS = int(os.environ.get("SEAMARK_REPLICA_KILLS", "2"))
 """The proof is 50: ``SEAMARK_REPLICA_KILLS=50 scripts/test.sh --timeout 3600 -k replicas_outlive``."""
 
 
