@@ -10,8 +10,8 @@ import os
 from typing import Any
 
 import pytest
+from replica_world import HEARTBEAT_TIMEOUT, Replicas
 
-from replicas import HEARTBEAT_TIMEOUT, Replicas
 from seamark.protocol.messages import ReplicaBeat
 from seamarkd.effects import Effect
 from seamarkd.lighthouse.core import Lighthouse
