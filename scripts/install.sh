@@ -31,4 +31,7 @@ python=$(find_python)
 echo "installing Seamark and PyTorch into $venv (a minute or two, the first time)"
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check --editable ".${extra:+[$extra]}"
+# The byte code of what training imports, once: also where PYTHONDONTWRITEBYTECODE would have every process compile
+# torch anew, and without the minutes that pip takes to compile what nobody imports.
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c 'import torch._dynamo, torch.nn.parallel, seamark.inprocess.wrapper'
 echo "$wanted" >"$venv/seamark-installed"

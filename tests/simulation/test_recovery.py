@@ -6,7 +6,6 @@ also between two effects of one message. A failing seed is run again, with its s
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 
@@ -21,11 +20,6 @@ SEEDS = int(os.environ.get("SEAMARK_SEEDS", "100"))
 """Of each kind. The proof is 5,000: ``SEAMARK_SEEDS=5000 scripts/test.sh --timeout 3600 tests/simulation``."""
 FIRST = int(os.environ.get("SEAMARK_SEED", "0"))
 WORLD = 4
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    logging.disable(logging.INFO)
 
 
 def started(seed: int) -> Cluster:

@@ -5,7 +5,6 @@ Each seed is a schedule of its own. A failing seed is run again, with its story,
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
@@ -21,11 +20,6 @@ from seamarkd.lighthouse.replicas import ReplicaGroup
 SEEDS = int(os.environ.get("SEAMARK_SEEDS", "300"))
 FIRST = int(os.environ.get("SEAMARK_SEED", "0"))
 SLACK = 5.0
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    logging.disable(logging.WARNING)
 
 
 def schedules() -> range:
