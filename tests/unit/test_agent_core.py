@@ -267,6 +267,17 @@ def test_stopping_is_answered_when_it_is_done(final: bool) -> None:
     assert ("job" in bench.agent.jobs) is not final
 
 
+def test_an_order_to_stop_that_comes_again_is_carried_out_once() -> None:
+    bench = Bench()
+    bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, False))
+    assert bench.agent.from_coordinator(NOW, StopWorkers(10, "job", 0, 5.0, False)) == [Remember("job")]
+    final = bench.agent.from_coordinator(NOW, StopWorkers(11, "job", 0, 5.0, True))
+    assert final == [Remember("job"), StopJobHere("job", 0, 5.0, True)], "it takes the store and the keeper, too"
+    assert bench.agent.from_coordinator(NOW, StopWorkers(12, "job", 0, 5.0, True)) == [Remember("job")]
+    assert to_coordinator(bench.agent.stopped("job"), WorkersStopped) == [WorkersStopped(12, "job", 0)]
+    assert bench.agent.stopped("job") == []
+
+
 def test_a_new_lighthouse_hears_of_every_living_worker() -> None:
     bench = Bench()
     bench.die("i1")

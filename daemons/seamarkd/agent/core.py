@@ -300,10 +300,14 @@ class Agent:
         job = self.jobs.get(order.job)
         if job is None:
             return [ToCoordinator(WorkersStopped(order.request, order.job, order.generation))]
+        under_way = job.stopping is not None and (job.stopping.final or not order.final)
         job.stopping = order
         job.ended = job.ended or order.final
         for worker in job.workers.values():
             worker.ordered = True
+        if under_way:
+            # The same order of a coordinator that was started anew, or met this agent anew: answered once it is done.
+            return [Remember(job.name)]
         return [Remember(job.name), StopJobHere(job.name, order.generation, order.grace, order.final)]
 
     # --- from the keeper and the death watch ---------------------------------------------------------------
@@ -459,8 +463,8 @@ class Agent:
 
     def stopped(self, job_name: str) -> list[Effect]:
         """All workers of the job are gone, as ordered."""
-        job = self.jobs[job_name]
-        order = job.stopping
+        job = self.jobs.get(job_name)
+        order = job.stopping if job else None
         if order is None:
             return []
         job.stopping = None
