@@ -10,7 +10,8 @@ cd "$(dirname "$0")/.."
 
 extra=${1:-}
 venv=.venv
-wanted="seamark${extra:+[$extra]} $(git rev-parse HEAD:setup.cfg 2>/dev/null || cksum <setup.cfg)"
+version=$(git rev-parse HEAD:setup.cfg 2>/dev/null || cksum <setup.cfg)
+wanted="seamark${extra:+[$extra]} $version"
 
 find_python() {
     local candidate
@@ -24,7 +25,8 @@ find_python() {
     return 69
 }
 
-if [[ -x $venv/bin/seamark ]] && grep -qxF "$wanted" "$venv/seamark-installed" 2>/dev/null; then
+# What the tests need holds what users need.
+if [[ -x $venv/bin/seamark ]] && grep -qxF -e "$wanted" -e "seamark[dev] $version" "$venv/seamark-installed" 2>/dev/null; then
     exit 0
 fi
 python=$(find_python)
