@@ -32,6 +32,8 @@ pytestmark = pytest.mark.replicas
 TRAINING = Path(__file__).parents[2] / "examples" / "train_replicas.py"
 HEARTBEAT_TIMEOUT = 1.0
 FAILURE_TICK = 0.1
+SLOW_MACHINE = 10.0
+"""Seconds a process group may take to be made; a caller's own time is 60."""
 KILLS = int(os.environ.get("SEAMARK_REPLICA_KILLS", "2"))
 """The proof is 50: ``SEAMARK_REPLICA_KILLS=50 scripts/test.sh --timeout 3600 -k replicas_outlive``."""
 
@@ -142,7 +144,7 @@ def test_two_managers_form_a_quorum_and_the_one_that_is_left_goes_on_alone(toget
         assert names(alone) == ["B"]
         assert alone is not None
         assert alone.quorum_id > quorum.quorum_id
-        assert waited < HEARTBEAT_TIMEOUT + 2 * FAILURE_TICK + 1.0
+        assert waited < HEARTBEAT_TIMEOUT + 2 * FAILURE_TICK + SLOW_MACHINE
     wait_for("threads to end", lambda: threading.active_count() <= before, 10.0)
 
 

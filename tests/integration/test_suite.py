@@ -235,7 +235,7 @@ def test_agents_killed_while_their_keepers_import_torch(cluster: Suite, tmp_path
         wait_for("the keepers of both nodes", lambda: len(keepers(name)) == 2)
         with cluster.without("agent-0", "agent-1"):
             keepers(name)[killed].kill()
-        assert not (tmp_path / f"ran-{name}").is_file(), "the keepers had imported torch already"
+            assert not (tmp_path / f"ran-{name}").is_file(), "the keepers had imported torch already"
         assert run.finish() == 0, run.text() + cluster.logs()
     assert (tmp_path / f"ran-{name}").read_text() == "xxxx"
 
