@@ -464,9 +464,9 @@ class Agent:
     def stopped(self, job_name: str) -> list[Effect]:
         """All workers of the job are gone, as ordered."""
         job = self.jobs.get(job_name)
-        order = job.stopping if job else None
-        if order is None:
+        if job is None or job.stopping is None:
             return []
+        order = job.stopping
         job.stopping = None
         if order.final:
             del self.jobs[job_name]
