@@ -276,7 +276,8 @@ class Manager:
             shrink_only: nobody who was not in the last quorum may come in.
             timeout: for this call; ``quorum_timeout`` if None.
             current_step: the caller's own count, where that is what counts.
-            target_world_size: wait for nobody else once so many replica groups joined; 0: no such number.
+            target_world_size: wait for so many replica groups, up to the join timeout, and then for nobody else; 0: no
+                such number.
             target_min_world_size: instead of ``min_replica_size``, in this call.
 
         Returns:

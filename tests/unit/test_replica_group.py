@@ -222,6 +222,17 @@ def test_a_target_waits_for_nobody_else() -> None:
     assert members(bench.sent(ReplicaQuorum)[0]) == ["a", "b"]
 
 
+def test_a_target_is_waited_for_although_nobody_else_is_known_yet() -> None:
+    bench = Bench()
+    bench.beat("a")
+    bench.join("a", target_members=2, join_timeout=3.0)
+    bench.tick(2.9)
+    assert bench.sent(ReplicaQuorum) == []
+    assert "waits for 1 more to make the 2" in bench.group.status(bench.now).reason
+    bench.tick(3.0)
+    assert members(bench.sent(ReplicaQuorum)[0]) == ["a"]
+
+
 def test_limits_have_to_agree() -> None:
     bench = Bench()
     bench.beat("a", "b")

@@ -638,8 +638,8 @@ class ReplicaJoin(Message, frozen=True):
     """A replica group asks for the next quorum and waits; asking is a heartbeat.
 
     ``quorum_id`` and ``quorum_members`` are of its last quorum, as in Join. ``min_members`` and ``join_timeout`` (-1:
-    the lighthouse's) are the limits it asks for, the same for all who wait; with ``target_members`` (0: none) joined
-    the quorum waits for nobody else.
+    the lighthouse's) are the limits it asks for, the same for all who wait; ``target_members`` (0: none) are waited
+    for up to the join timeout, and then nobody else.
     """
 
     type_id = 61

@@ -33,7 +33,7 @@ class QuorumOptions(Struct, frozen=True):
     join_timeout: float = 60.0
     heartbeat_timeout: float = 5.0
     target_members: int = 0
-    """As soon as so many joined, nobody else is waited for; 0: no such number (ours, D14)."""
+    """So many are waited for up to the join timeout, and then nobody else; 0: no such number (ours, D14)."""
 
 
 class Participant(Struct, frozen=True):
@@ -104,6 +104,14 @@ def compute_quorum(
     def decide(members: list[str] | None, kind: Kind, sentence: str) -> Decision:
         return Decision(members, kind, f"{sentence} {state}", len(joined), len(participants), len(healthy), shrink_only)
 
+    first = min((participant.joined_at for participant in joined.values()), default=now)
+    if len(joined) < options.target_members and now - first < options.join_timeout:
+        return decide(
+            None,
+            "waiting_for_stragglers",
+            f"New quorum waits for {options.target_members - len(joined)} more to make the {options.target_members} "
+            f"that were asked for, up to the join timeout of {options.join_timeout:g} s",
+        )
     if (
         previous is not None
         and previous.members
@@ -132,7 +140,6 @@ def compute_quorum(
             f"{len(healthy)} healthy workers",
         )
     stragglers = healthy - joined.keys()
-    first = min((participant.joined_at for participant in joined.values()), default=now)
     waiting_for = coming if now - first >= options.join_timeout else stragglers
     if waiting_for and not 0 < options.target_members <= len(joined):
         return decide(
