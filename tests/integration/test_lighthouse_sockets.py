@@ -89,7 +89,10 @@ def _play(lighthouse: Bench, step: dict[str, Any]) -> None:
         _ask(lighthouse, step["quorum"])
         _check(lighthouse, step["quorum"]["replica_id"], expect)
     else:
-        for request in [*step.get("pending_before", []), *step["concurrent"]]:
+        for request in step.get("pending_before", []):
+            _ask(lighthouse, request)
+            lighthouse[request["replica_id"]].beat()  # answered after its join was taken
+        for request in step["concurrent"]:
             _ask(lighthouse, request)
         asked = [request["replica_id"] for request in step["concurrent"]]
         named = step.get("expect_for", asked)
