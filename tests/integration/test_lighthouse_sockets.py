@@ -173,7 +173,7 @@ def test_limits_that_contradict_each_other_are_refused_with_both_values() -> Non
 
 
 def test_a_lighthouse_that_was_started_anew_waits_for_who_was_there_and_counts_on() -> None:
-    with bench(heartbeat_timeout=1.0) as lighthouse:
+    with bench(heartbeat_timeout=10.0) as lighthouse:
         for name in "ab":
             lighthouse[name].beat()
         for name in "ab":
@@ -182,7 +182,7 @@ def test_a_lighthouse_that_was_started_anew_waits_for_who_was_there_and_counts_o
         lighthouse["b"].quorum()
         address, events = lighthouse.served.address, lighthouse.served.events
         kept = lighthouse
-    with seamarkd.lighthouse.serve(address, events, epoch=2, heartbeat_timeout=1.0) as served:
+    with seamarkd.lighthouse.serve(address, events, epoch=2, heartbeat_timeout=10.0) as served:
         again = Bench(served)
         try:
             for name in "ab":

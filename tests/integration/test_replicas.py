@@ -30,7 +30,7 @@ from seamark.protocol.messages import LighthouseStatus, StatusRequest
 pytestmark = pytest.mark.replicas
 
 TRAINING = Path(__file__).parents[2] / "examples" / "train_replicas.py"
-HEARTBEAT_TIMEOUT = 1.0
+HEARTBEAT_TIMEOUT = 2.0
 FAILURE_TICK = 0.1
 SLOW_MACHINE = 10.0
 """Seconds a process group may take to be made; a caller's own time is 60."""
