@@ -132,24 +132,6 @@ class ReconfigurableGroup:
         options.reduceOp = dist.ReduceOp.SUM if op is None else op
         return self._now().allreduce([tensor], options)
 
-    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> Any:
-        """Starts a broadcast from ``root``; the work that torch returns.
-
-        Raises:
-            GroupUnavailable: there is no group.
-        """
-        options = dist.BroadcastOptions()
-        options.rootRank = root
-        return self._now().broadcast([tensor], options)
-
-    def barrier(self) -> Any:
-        """Starts a barrier; the work that torch returns.
-
-        Raises:
-            GroupUnavailable: there is no group.
-        """
-        return self._now().barrier(dist.BarrierOptions())
-
     def _now(self) -> Any:
         group = self._group
         if group is None:
