@@ -212,6 +212,17 @@ def test_requests_are_forwarded_and_answers_delivered_to_whom_they_are_for() -> 
     assert bench.agent.from_lighthouse(NOW, refused) == [ToWorker("i1", refused)]
 
 
+def test_who_joins_is_told_of_failures_although_its_greeting_ended_with_an_earlier_agent() -> None:
+    bench = Bench(wrapped=False)
+    assert bench.agent.listening("job") == []
+    join = Join("job", "ranks", 0, "job/1", "i1", 1, -1, 0, 0, [])
+    effects = bench.agent.from_worker(NOW, "i1", join)
+    assert effects[0] == Remember("job"), "remembered before the lighthouse is asked"
+    assert to_coordinator(effects, WorkerRegistered) == [WorkerRegistered("job", "job/1", "i1")]
+    assert to_lighthouse(effects, Join) == [join]
+    assert bench.agent.listening("job") == ["i1"]
+
+
 def test_a_worker_that_this_agent_did_not_start_is_refused() -> None:
     (effect,) = Bench().agent.from_worker(NOW, "x", WorkerHello("job", "job/0", "x", 1, True))
     assert isinstance(effect, ToWorker)

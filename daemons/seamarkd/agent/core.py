@@ -479,7 +479,10 @@ class Agent:
         match message:
             case WorkerHello():
                 return self._worker_hello(incarnation, message)
-            case Join() | Complete() | MemberFaulted() | SnapshotRequest():
+            case Join() | Complete():
+                # Its greeting may have ended with the agent that heard it.
+                return [*self._wraps(message.job, incarnation), ToLighthouse(message)]
+            case MemberFaulted() | SnapshotRequest():
                 return [ToLighthouse(message)]
             case MemberStuck():
                 return self._stuck(now, incarnation, message)
@@ -504,13 +507,18 @@ class Agent:
         if job is None or worker is None or incarnation != hello.incarnation or worker.member != hello.member:
             sentence = f"{hello.member} ({hello.incarnation}) is not a worker that this agent started"
             return [ToWorker(incarnation, Refused(0, "UNKNOWN_MEMBER", sentence, hello.job, hello.member))]
-        effects: list[Effect] = [ToWorker(incarnation, Welcome(0))]
-        if hello.wrapped and not worker.wrapped:
-            worker.wrapped = True
-            job.wrapped = True
-            effects.append(Remember(job.name))
-            effects.append(ToCoordinator(WorkerRegistered(hello.job, hello.member, hello.incarnation)))
-        return effects
+        wraps = self._wraps(hello.job, incarnation) if hello.wrapped else []
+        return [*wraps, ToWorker(incarnation, Welcome(0))]
+
+    def _wraps(self, name: str, incarnation: str) -> list[Effect]:
+        """This worker is in the wrapper: it is told of failures, and the coordinator of it."""
+        job = self.jobs.get(name)
+        worker = job.workers.get(incarnation) if job else None
+        if job is None or worker is None or worker.wrapped:
+            return []
+        worker.wrapped = True
+        job.wrapped = True
+        return [Remember(name), ToCoordinator(WorkerRegistered(name, worker.member, incarnation))]
 
     # --- from the lighthouse -------------------------------------------------------------------------------
 
