@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from subscriber import Subscriber
+
 from seamark.protocol.codec import decode, encode
 from seamark.protocol.messages import (
     REPLICAS,
@@ -47,6 +49,7 @@ from seamarkd.lighthouse.replicas import ReplicaOptions
 
 JOB = "job"
 TICK = 0.1
+EVENT_BEAT = 0.2
 HEARTBEAT_INTERVAL = 0.25
 HEARTBEAT_TIMEOUT = 2.0
 FAILURE_TICK = 0.5
@@ -162,6 +165,7 @@ class LighthouseDaemon:
         self._world.epoch_began()
         self.core = Lighthouse(self.epoch, self._world.now, self._options)
         self._tick(self.epoch)
+        self._beat(self.epoch)
 
     def kill(self, away: float) -> None:
         if not self.alive:
@@ -184,6 +188,17 @@ class LighthouseDaemon:
         if self.alive:
             self.perform(self.core.handle(self._world.now, b"agent", message))
 
+    def ask(self, route: bytes, message: Message) -> None:
+        """From a subscriber."""
+        if self.alive:
+            self.perform(self.core.handle(self._world.now, route, message))
+
+    def _beat(self, epoch: int) -> None:
+        if self.alive and self.epoch == epoch:
+            for subscriber in self._world.subscribers:
+                subscriber.publish(self.core.event_beat())
+            self._world.at(EVENT_BEAT, lambda: self._beat(epoch))
+
     def _tick(self, epoch: int) -> None:
         if self.alive and self.epoch == epoch:
             self.perform(self.core.tick(self._world.now))
@@ -201,6 +216,9 @@ class LighthouseDaemon:
                     world.published(message)
                 case Send(route, message):
                     process = world.by_route.get(route)
+                    for subscriber in world.subscribers:
+                        if subscriber.route == route:
+                            subscriber.hear(message)
                     if isinstance(message, ReplicaQuorum):
                         world.answered(message)
                     elif isinstance(message, Refused):
@@ -628,8 +646,12 @@ class Replicas:
         self._requests: dict[tuple[str, int], list[Replica]] = {}
         self._heard_after: dict[str, float] = {}
         self._lost: dict[tuple[str, str], FailureEvent] = {}
+        self.returned: Counter[tuple[str, str]] = Counter()
+        """How often each was heard after it had been published as lost."""
         self.refused: set[tuple[str, int]] = set()
+        self.subscribers: list[Subscriber] = []
         self.lighthouse = LighthouseDaemon(self, ReplicaOptions(1, self.join_timeout, HEARTBEAT_TIMEOUT, FAILURE_TICK))
+        self.subscribers += [Subscriber(self, JOB, random.Random(f"{seed} {number}")) for number in range(2)]
         self.lighthouse.start()
         world_size = chance.choice([1, 1, 2])
         for number in range(chance.randint(3, 6)):
@@ -754,10 +776,16 @@ class Replicas:
                 return
         self._heard_after[incarnation] = max(sent_at, self._heard_after.get(incarnation, 0.0))
         event = self._lost.get((member, incarnation))
-        if event is not None and event.failure.cause.kind not in ("left", "signal"):
+        returns = event is not None and event.failure.cause.kind not in ("left", "signal")
+        if returns:
             del self._lost[member, incarnation]
+            self.returned[member, incarnation] += 1
+        for subscriber in self.subscribers:
+            subscriber.heard(member, incarnation, published=returns)
 
     def published(self, event: Message) -> None:
+        for subscriber in self.subscribers:
+            subscriber.publish(event)
         if isinstance(event, ReplicaQuorumEvent):
             self.log(
                 f"published: quorum {event.quorum_id & 0xFFFF} of {[one.incarnation for one in event.participants]}"

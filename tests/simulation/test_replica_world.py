@@ -9,11 +9,13 @@ import os
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from replica_world import HEARTBEAT_TIMEOUT, Replicas
 
-from seamark.protocol.messages import ReplicaBeat
+from seamark.protocol.messages import ReplicaBeat, Snapshot
 from seamarkd.effects import Effect
 from seamarkd.lighthouse.core import Lighthouse
+from seamarkd.lighthouse.events import EventLog
 from seamarkd.lighthouse.quorum import next_quorum_id
 from seamarkd.lighthouse.replicas import ReplicaGroup
 
@@ -85,6 +87,11 @@ def check(world: Replicas, seed: int) -> None:
     before = world.commits.copy()
     world.run(5.0)
     assert not world.violations, told(world, seed, str(world.violations))
+    for subscriber in world.subscribers:
+        caught_up = world.run(SLACK, until=lambda one=subscriber: one.ready)
+        assert caught_up, told(world, seed, "a subscriber does not find out where it stands")
+        untold = [] if subscriber.missed else subscriber.untold
+        assert not untold, told(world, seed, f"a subscriber was never told of {untold}")
     still = {one.incarnation for one in world.living()}
     assert still <= (world.commits - before).keys(), told(world, seed, f"some commit nothing any more: {where}")
 
@@ -112,12 +119,35 @@ def test_the_model_finds_a_quorum_id_for_two_lists(monkeypatch: pytest.MonkeyPat
         test_whatever_happens_who_lives_trains_on_in_one_quorum()
 
 
+def test_the_model_finds_a_loss_that_is_told_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener that knows no identity, as one that trusts the numbers of each lighthouse."""
+    monkeypatch.setattr("seamark.listening.SEEN_KEPT", 0)
+    with pytest.raises(AssertionError, match="is told 2 times"):
+        test_whatever_happens_who_lives_trains_on_in_one_quorum()
+
+
+def test_the_model_finds_a_loss_that_is_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lighthouse that keeps no failures for who missed one."""
+    monkeypatch.setattr("seamarkd.lighthouse.events.EventLog.snapshot", without_failures(EventLog.snapshot))
+    with pytest.raises(AssertionError, match="never told of"):
+        test_whatever_happens_who_lives_trains_on_in_one_quorum()
+
+
 def test_the_model_finds_stranded_waiters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Participants that are cleared and not told, and repeat nothing, as torchft's."""
     monkeypatch.setattr(ReplicaGroup, "_reset", lambda group, _: group._joins.clear() or [])
     monkeypatch.setattr("seamark.replicas.core.RESEND_INTERVAL", 1e9)
     with pytest.raises(AssertionError, match="not all are in one quorum"):
         test_whatever_happens_who_lives_trains_on_in_one_quorum()
+
+
+def without_failures(snapshot: Any) -> Any:
+    def empty(log: EventLog, *arguments: Any, **more: Any) -> Snapshot:
+        made: Snapshot = snapshot(log, *arguments, **more)
+        groups = [replace(group, failures=[]) for group in made.groups]
+        return replace(made, failures=[], groups=groups)
+
+    return empty
 
 
 def without_cleaning(beat: Any) -> Any:
