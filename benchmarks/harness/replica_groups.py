@@ -248,7 +248,7 @@ class SuiteFleet(Fleet):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._up = False
-        lighthouse, events, coordinator = (f"tcp://127.0.0.1:{free_port()}" for _ in range(3))
+        self.lighthouse, self.events, coordinator = (f"tcp://127.0.0.1:{free_port()}" for _ in range(3))
         (directory / "run").mkdir(mode=0o700)
         (directory / "tmp").mkdir()
         self._environment = {
@@ -256,8 +256,8 @@ class SuiteFleet(Fleet):
             "XDG_RUNTIME_DIR": str(directory / "run"),
             "XDG_STATE_HOME": str(directory / "state"),
             "TMPDIR": str(directory / "tmp"),
-            "SEAMARK_LIGHTHOUSE_ADDRESS": lighthouse,
-            "SEAMARK_LIGHTHOUSE_EVENTS": events,
+            "SEAMARK_LIGHTHOUSE_ADDRESS": self.lighthouse,
+            "SEAMARK_LIGHTHOUSE_EVENTS": self.events,
             "SEAMARK_COORDINATOR_ADDRESS": coordinator,
             "SEAMARK_AGENT_NODE": "host",
             "SEAMARK_AGENT_SLOTS": str(REPLICAS),
@@ -265,18 +265,20 @@ class SuiteFleet(Fleet):
 
     def start(self) -> None:
         """`seamark up`, and a `seamark run` for each replica group."""
+        self.bring_up()
+        self.listen(self.lighthouse, self.events)
+        for replica in range(REPLICAS):
+            arguments = [sys.executable, "-m", "seamarkd.cli", "run", "--name", f"replica{replica}"]
+            arguments += ["--restart-policy", "any-failed", "--max-restarts", str(MAX_RESTARTS)]
+            arguments += [str(TRAINING / "train_replica_seamark.py"), str(replica)]
+            self.run(f"replica{replica}", arguments, self._environment)
+
+    def bring_up(self) -> None:
+        """`seamark up`."""
         self._up = True
         code, said = self._seamark("up")
         if code:
             raise SystemFailed(f"seamark up: {said}")
-        lighthouse = self._environment["SEAMARK_LIGHTHOUSE_ADDRESS"]
-        self.listen(lighthouse, self._environment["SEAMARK_LIGHTHOUSE_EVENTS"])
-        for replica in range(REPLICAS):
-            arguments = [sys.executable, "-m", "seamarkd.cli", "run", "--name", f"replica{replica}"]
-            arguments += ["--restart-policy", "any-failed", "--max-restarts", str(MAX_RESTARTS)]
-            arguments += ["--env", f"SEAMARK_LIGHTHOUSE_ADDRESS={lighthouse}"]
-            arguments += [str(TRAINING / "train_replica_seamark.py"), str(replica)]
-            self.run(f"replica{replica}", arguments, self._environment)
 
     def revive(self, replica: int, killed_at: float) -> float:
         """The suite does it, from the kill on."""

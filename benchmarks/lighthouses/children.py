@@ -96,6 +96,10 @@ class Child:
             self._process.kill()
         self._process.wait()
 
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+
     def tell(self, **order: Any) -> None:
         """Give an order."""
         assert self._process.stdin is not None
@@ -107,10 +111,17 @@ class Child:
 
     def hear(self, timeout: float) -> dict[str, Any]:
         """Its next answer, within `timeout` seconds."""
+        answer = self.heard(timeout)
+        if answer is None:
+            raise SystemFailed(f"{self.name} said nothing for {timeout:g} s: {last_words(self._log)}")
+        return answer
+
+    def heard(self, timeout: float) -> dict[str, Any] | None:
+        """Its next answer, if one comes within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while b"\n" not in self._heard:
             if not self._selector.select(max(0.0, deadline - time.monotonic())):
-                raise SystemFailed(f"{self.name} said nothing for {timeout:g} s: {last_words(self._log)}")
+                return None
             piece = os.read(self._out, 1 << 20)
             if not piece:
                 raise SystemFailed(f"{self.name} ended: {last_words(self._log)}")
