@@ -42,10 +42,11 @@ class SettingsError(Exception):
 
 
 class LighthouseSettings(msgspec.Struct, frozen=True):
-    """Where the lighthouse answers and publishes its events; seconds that an unreachable agent has to come back."""
+    """Where the lighthouse answers and publishes; seconds between nodes' beats, and of patience with lost agents."""
 
     address: str = "tcp://127.0.0.1:29710"
     events: str = "tcp://127.0.0.1:29711"
+    beat_interval: float = 0.1
     agent_grace: float = 10.0
 
 
@@ -124,6 +125,7 @@ SECTIONS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.
 KEYS: dict[str, msgspec.structs.FieldInfo] = {
     f"{section}.{field.name}": field for section, kind in SECTIONS.items() for field in msgspec.structs.fields(kind)
 }
+LIMITS = {"lighthouse.beat_interval": (0.02, 10.0), "lighthouse.agent_grace": (1.0, 3_600.0)}
 ADDRESSES = ("lighthouse.address", "lighthouse.events", "coordinator.address")
 TYPE_NAMES = {str: "text in quotes", int: "a whole number", bool: "true or false", float: "a number of seconds"}
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
@@ -250,8 +252,8 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
                 off_loopback.append(key)
         elif key == "agent.slots" and not 0 <= int(str(value)) <= 65_535:
             wrong.append((key, f"must be 0 (automatic) or a number of slots up to 65535, not {value}"))
-        elif key == "lighthouse.agent_grace" and not 1.0 <= float(str(value)) <= 3_600.0:
-            wrong.append((key, f"must be from 1 to 3600 seconds, not {value}"))
+        elif key in LIMITS and not LIMITS[key][0] <= float(str(value)) <= LIMITS[key][1]:
+            wrong.append((key, f"must be from {LIMITS[key][0]:g} to {LIMITS[key][1]:g} seconds, not {value}"))
         elif key.startswith("paths.") and value and not os.path.isabs(str(value)):
             wrong.append((key, f"must be an absolute path, not {value}"))
         elif key in ("log.level", "log.format"):

@@ -28,7 +28,7 @@ from seamarkd.cli.doctor import (
 
 INFINITY = resource.RLIM_INFINITY
 COORDINATOR = CoordinatorStatus(1, 1, "s", 42, 60.0, "", [], [], {})
-LIGHTHOUSE = LighthouseStatus(1, 1, "s", 42, 60.0, "", [], {}, [], {}, 1e9)
+LIGHTHOUSE = LighthouseStatus(1, 1, "s", 42, 60.0, "", [], {}, [], {}, 0.1, 0.0, 1e9)
 HERE = "tcp://127.0.0.1:29712"
 
 

@@ -53,10 +53,17 @@ def coordinator(
 
 
 def lighthouse(
-    *groups: GroupStatus, age: float = 0.1, verdict: str = "", sentence: str = "", waiting: dict[str, str] | None = None
+    *groups: GroupStatus,
+    age: float = 0.1,
+    verdict: str = "",
+    sentence: str = "",
+    waiting: dict[str, str] | None = None,
+    late: float = 0.0,
 ) -> LighthouseStatus:
     nodes = [NodeHealth("n", age, verdict)]
-    return LighthouseStatus(1, 7, "seamark 1", 41, 60.0, sentence, nodes, waiting or {}, list(groups), {}, 0.0)
+    return LighthouseStatus(
+        1, 7, "seamark 1", 41, 60.0, sentence, nodes, waiting or {}, list(groups), {}, 0.1, late, 0.0
+    )
 
 
 def replicas(*failures: FailureEvent, count: int = 2, group: str = REPLICAS) -> GroupStatus:
@@ -116,6 +123,12 @@ def test_members_come_worst_first_and_not_more_than_people_read() -> None:
     assert [row.cells[0] for row in picture.members["j"]][:4] == ["11", "7", "9", "0"]
     assert len(picture.members["j"]) == 20
     assert "and 5 more" in drawn(coordinator(job(), members=members), lighthouse())
+
+
+def test_a_late_lighthouse_is_said_and_is_no_fault() -> None:
+    picture = assess(coordinator(job()), lighthouse(late=0.4))
+    assert picture.code == 0
+    assert any("ran 0.4 s late" in note for note in picture.notes)
 
 
 def test_the_quorums_sentence_goes_before_the_coordinators_while_a_job_lives() -> None:

@@ -176,7 +176,7 @@ class Failure(Part, frozen=True):
 
 
 class NodeHello(Message, frozen=True):
-    """An agent introduces its node. ``address`` is where the lighthouse may probe it (``ipc://`` or ``tcp://``)."""
+    """An agent introduces its node. ``address`` is where the lighthouse may knock, to see whether the host lives."""
 
     type_id = 1
     direction = "agent -> lighthouse, coordinator"
@@ -943,6 +943,10 @@ class LighthouseStatus(Message, frozen=True):
     groups: list[GroupStatus]
     dropped: dict[str, int]
     """Frames that were no message, by reason."""
+    beat_interval: Duration
+    """Seconds between two heartbeats of a node."""
+    lateness: Duration
+    """How late its loop came to its own timer at worst, in the last ten seconds or more."""
     wall_clock: Moment
     """Seconds since the epoch, when this was answered: whether hosts' clocks agree (``seamark doctor``)."""
 

@@ -2,7 +2,8 @@
 
 Everything bounded: queue lengths, frame sizes, the time a close may take. The reconnect interval is drawn per
 process, because ZeroMQ switches its own jitter off once a maximum is set (thousands of peers of a restarted
-daemon would come back at the same instant). Nothing here knows messages.
+daemon would come back at the same instant). A connection whose other side is gone without a word, with its host or
+its network, is given up by the kernel, and ZeroMQ makes a new one. Nothing here knows messages.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ RECONNECT_MS = (10, 50)
 RECONNECT_MAX_MS = 500
 HANDSHAKE_MS = 3_000
 """A silent connection is dropped after this; at ZeroMQ's 30 s some hundred of them keep new clients out."""
+UNACKNOWLEDGED_MS = 2_000
+"""What was sent and not acknowledged for so long ends its connection (TCP_USER_TIMEOUT)."""
+CONNECT_MS = 1_000
+"""The kernel alone doubles the pause between two attempts, and finds a host that is back half a minute late."""
+KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 1, zmq.TCP_KEEPALIVE_INTVL: 1, zmq.TCP_KEEPALIVE_CNT: 2}
+"""For who only listens and has nothing unacknowledged: silent for a second, asked twice, a second apart."""
 IPC_PATH_LIMIT = 107
 
 
@@ -39,6 +46,10 @@ def make_socket(context: zmq.Context[Any], kind: int, *, identity: bytes | None 
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, random.randint(*RECONNECT_MS))
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
+    socket.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
+    for option, value in KEEPALIVE.items():
+        socket.setsockopt(option, value)
     if kind == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)

@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,9 @@ from seamarkd.channel import Channel
 log = logging.getLogger(__name__)
 
 TICK = 0.1
-COORDINATOR_BEAT_TICKS = 5
+BEAT_INTERVAL = 0.1
+"""Seconds between two beats until the lighthouse says how many it wants."""
+COORDINATOR_BEAT_INTERVAL = 0.5
 PROGRESS_INTERVAL = 0.5
 STORE_SLOT = "store"
 
@@ -145,7 +147,10 @@ class AgentShell:
         self._tasks: set[asyncio.Task[None]] = set()
         self._beats = 0
         self._untold: set[str] = set()
-        self._hello = NodeHello(node, self._incarnation, self.address, slots)
+        self._beat_interval = BEAT_INTERVAL
+        self._slots = slots
+        self._hello: NodeHello | None = None
+        self._knocks: asyncio.Server | None = None
         self._workers = Channel(make_socket(context, zmq.ROUTER), self._on_worker)
         self._lighthouse = Channel(self._connect(context, lighthouse), self._on_lighthouse)
         self._coordinator = Channel(self._connect(context, coordinator), self._on_coordinator)
@@ -153,18 +158,21 @@ class AgentShell:
         subscriber.subscribe(b"")
         subscriber.connect(check_address(events))
         self._events = Channel(subscriber, self._on_event)
-        self._timer: asyncio.TimerHandle | None = None
-        self._progress_timer: asyncio.TimerHandle | None = None
+        self._timers: dict[Callable[[], float], asyncio.TimerHandle] = {}
 
     async def start(self) -> None:
         """Takes up what an earlier start of this agent left, and introduces itself to the other daemons."""
         await asyncio.gather(*(self._adopt(remembered) for remembered in self._memory.read()))
         # Not before: a worker that is not known yet would be refused, and end.
         self._workers.socket.bind(self.address)
-        self._lighthouse.send(self._hello)
-        self._coordinator.send(self._hello)
-        self._tick()
-        self._report_progress()
+        self._knocks = await asyncio.start_server(_answer_knock, self._host, 0)
+        host, port = self._knocks.sockets[0].getsockname()[:2]
+        knock = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        self._hello = NodeHello(self.core.node, self._incarnation, knock, self._slots)
+        self._introduce(self._lighthouse)
+        self._introduce(self._coordinator)
+        for action in (self._tick, self._beat, self._beat_coordinator, self._report_progress):
+            self._repeat(action)
 
     async def shut_down(self, grace: float) -> None:
         """Stops every job of this node, workers by SIGTERM and SIGKILL ``grace`` seconds later, and then serving."""
@@ -176,9 +184,10 @@ class AgentShell:
 
     def close(self) -> None:
         """Stops serving; workers and keepers live on, for the next start of this agent."""
-        for timer in (self._timer, self._progress_timer):
-            if timer is not None:
-                timer.cancel()
+        for timer in self._timers.values():
+            timer.cancel()
+        if self._knocks is not None:
+            self._knocks.close()
         for task in self._tasks:
             task.cancel()
         for kept in self._kept.values():
@@ -274,8 +283,9 @@ class AgentShell:
     def _on_lighthouse(self, route: bytes, message: Message) -> None:
         match message:
             case BeatAnswer(known=False):
-                self._lighthouse.send(self._hello)
+                self._introduce(self._lighthouse)
             case Welcome():
+                self._beat_interval = message.beat_interval or self._beat_interval
                 self._perform(self.core.registered(time.monotonic()))
             case Snapshot():
                 self._perform(self.core.heard(message))
@@ -285,10 +295,14 @@ class AgentShell:
     def _on_coordinator(self, route: bytes, message: Message) -> None:
         match message:
             case BeatAnswer(known=False):
-                self._coordinator.send(self._hello)
+                self._introduce(self._coordinator)
             case Welcome():
                 self._perform(self.core.welcomed(time.monotonic()))
         self._perform(self.core.from_coordinator(time.monotonic(), message))
+
+    def _introduce(self, daemon: Channel) -> None:
+        if self._hello is not None:
+            daemon.send(self._hello)
 
     def _on_event(self, topic: bytes, message: Message) -> None:
         if isinstance(message, Event | EventBeat):
@@ -535,19 +549,26 @@ class AgentShell:
 
     # --- time ----------------------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
+    def _repeat(self, action: Callable[[], float]) -> None:
+        self._timers[action] = self._loop.call_later(action(), self._repeat, action)
+
+    def _beat(self) -> float:
         self._beats += 1
-        beat = Beat(self.core.node, self._incarnation, self._beats)
-        self._lighthouse.send(beat)
-        if self._beats % COORDINATOR_BEAT_TICKS == 0:
-            self._coordinator.send(beat)
+        self._lighthouse.send(Beat(self.core.node, self._incarnation, self._beats))
+        return self._beat_interval
+
+    def _beat_coordinator(self) -> float:
+        self._coordinator.send(Beat(self.core.node, self._incarnation, self._beats))
+        return COORDINATOR_BEAT_INTERVAL
+
+    def _tick(self) -> float:
         untold, self._untold = self._untold, set()
         for job in untold:
             self._lighthouse.send(SnapshotRequest(0, job))
         self._perform(self.core.tick(time.monotonic()))
-        self._timer = self._loop.call_later(TICK, self._tick)
+        return TICK
 
-    def _report_progress(self) -> None:
+    def _report_progress(self) -> float:
         for name, kept in self._kept.items():
             members = {process.held.process.slot: process.page for process in kept.processes.values()}
             steps = {member: page.pings for member, page in members.items()}
@@ -555,7 +576,12 @@ class AgentShell:
             if (steps, checkpoints) != kept.steps:
                 kept.steps = (steps, checkpoints)
                 self._coordinator.send(JobProgress(name, steps, checkpoints))
-        self._progress_timer = self._loop.call_later(PROGRESS_INTERVAL, self._report_progress)
+        return PROGRESS_INTERVAL
+
+
+async def _answer_knock(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Who knocks wants to know that this host lives: the connection itself says so."""
+    writer.close()
 
 
 async def _logged(work: Awaitable[None]) -> None:

@@ -37,15 +37,16 @@ from seamark.protocol.messages import (
 from seamarkd.cli.exit_codes import CONFIGURATION, FAILED, SUCCEEDED, UNREACHABLE
 from seamarkd.cli.operator import Operator, UnreachableError
 from seamarkd.coordinator.jobs import ENDED, first_line
-from seamarkd.lighthouse.nodes import BEAT_INTERVAL, LOST_BEATS
+from seamarkd.lighthouse.nodes import LOST_BEATS
 from seamarkd.settings import Settings, SettingsError, load
 
 ASK_TIMEOUT = 2.0
 REDRAW_INTERVAL = 1.0
 MEMBERS_SHOWN = 20
 ENDED_SHOWN = 10
-SILENT_AFTER = BEAT_INTERVAL * LOST_BEATS
-CLOCKS = frozenset({"uptime", "beat_age", "running_for"})
+LATE = 0.1
+"""Seconds by which a lighthouse is late that has more to do than it can."""
+CLOCKS = frozenset({"uptime", "beat_age", "running_for", "lateness"})
 """Fields that differ between any two answers: no change that anybody would want a line for."""
 
 Answer = TypeVar("Answer", CoordinatorStatus, LighthouseStatus)
@@ -155,9 +156,15 @@ def assess(
     for address in exposed or []:
         picture.notes.append(f"{address} is open to the network without keys: whoever reaches it can run programs")
     picture.daemons = [_daemon(picture, "lighthouse", lighthouse), _daemon(picture, "coordinator", coordinator)]
-    if isinstance(lighthouse, LighthouseStatus) and lighthouse.dropped:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(lighthouse.dropped.items()))
-        picture.notes.append(f"the lighthouse dropped frames that were no message: {counts}")
+    if isinstance(lighthouse, LighthouseStatus):
+        if lighthouse.dropped:
+            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(lighthouse.dropped.items()))
+            picture.notes.append(f"the lighthouse dropped frames that were no message: {counts}")
+        if lighthouse.lateness > LATE:
+            late = duration(lighthouse.lateness)
+            picture.notes.append(
+                f"the lighthouse ran {late} late in the last seconds: its host is busy, and losses are found later"
+            )
     _nodes(picture, coordinator, lighthouse)
     if isinstance(coordinator, CoordinatorStatus):
         waiting = lighthouse.waiting if isinstance(lighthouse, LighthouseStatus) else {}
@@ -197,7 +204,9 @@ def _nodes(picture: Picture, coordinator: CoordinatorStatus | str, lighthouse: L
                 picture.problems.append(f"node {name} sends no heartbeat to the lighthouse")
             picture.nodes.append(Row((name, slots, "", word), bad=True))
             continue
-        word = beat.verdict or ("silent" if beat.beat_age > SILENT_AFTER else "")
+        assert not isinstance(lighthouse, str)
+        silent = beat.beat_age > LOST_BEATS * lighthouse.beat_interval
+        word = beat.verdict or ("silent" if silent else "")
         if word:
             picture.problems.append(f"node {name}: {word}, last beat {duration(beat.beat_age)} ago")
         picture.nodes.append(Row((name, slots, duration(beat.beat_age), word or "ok"), bad=bool(word)))

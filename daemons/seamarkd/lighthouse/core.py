@@ -39,7 +39,7 @@ from seamark.protocol.messages import (
 from seamarkd.effects import Effect, Send
 from seamarkd.lighthouse.events import EventLog
 from seamarkd.lighthouse.group import Group
-from seamarkd.lighthouse.nodes import AGENT_GRACE, BEAT_INTERVAL, NodeWatch, ProbeResult
+from seamarkd.lighthouse.nodes import NodeWatch, ProbeResult
 from seamarkd.lighthouse.replicas import ReplicaGroup, ReplicaOptions
 
 EPOCH_SHIFT = 32
@@ -52,7 +52,7 @@ class Lighthouse:
         epoch: rises with every start of the daemon; the upper half of its quorum ids.
         started: when it began to serve, seconds.
         options: its limits for replica groups.
-        agent_grace: seconds an unreachable agent has to come back.
+        nodes: how it watches nodes.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Lighthouse:
         epoch: int,
         started: float = 0.0,
         options: ReplicaOptions | None = None,
-        agent_grace: float = AGENT_GRACE,
+        nodes: NodeWatch | None = None,
     ) -> None:
         self.epoch = epoch
-        self.nodes = NodeWatch(agent_grace)
+        self.nodes = nodes or NodeWatch()
         self.groups: dict[str, Group] = {}
         self.replicas: dict[str, ReplicaGroup] = {}
         self._options = options or ReplicaOptions()
@@ -154,6 +154,8 @@ class Lighthouse:
                 *(group.status(now) for group in self.replicas.values()),
             ],
             dropped={},
+            beat_interval=self.nodes.beat_interval,
+            lateness=0.0,
             wall_clock=-1.0,
         )
 
@@ -161,7 +163,7 @@ class Lighthouse:
 
     def _hello(self, now: float, route: bytes, hello: NodeHello) -> list[Effect]:
         self.nodes.hello(now, route, hello)
-        return [Send(route, Welcome(self.epoch, BEAT_INTERVAL))]
+        return [Send(route, Welcome(self.epoch, self.nodes.beat_interval))]
 
     def _beat(self, now: float, route: bytes, beat: Beat) -> list[Effect]:
         known = self.nodes.beat(now, beat.node, beat.incarnation, route)

@@ -51,7 +51,15 @@ def command(
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         epoch = next_epoch(chosen.state_directory / "lighthouse.epoch")
         asked = chosen.lighthouse
-        return _Served(LighthouseShell(context, asked.address, asked.events, epoch, agent_grace=asked.agent_grace))
+        shell = LighthouseShell(
+            context,
+            asked.address,
+            asked.events,
+            epoch,
+            agent_grace=asked.agent_grace,
+            beat_interval=asked.beat_interval,
+        )
+        return _Served(shell)
 
     daemon.run("lighthouse", chosen, start)
 

@@ -1,11 +1,12 @@
 """Which nodes live: silence is not absence (D2).
 
-A node that missed three beats is suspect and is probed by another way. Refused: the host lives and its agent is
-down, so its workers are given ``AGENT_GRACE``. Accepted but silent: frozen, the same grace. No answer at all:
-the host is lost at five missed beats. When several nodes and more than 30 % are suspect at once, or the only one, it
-is probably this lighthouse that is cut off: nobody is declared lost. One of two or three is one host's trouble. A
-lighthouse that finds its own loop late moves its deadlines by as much (Lifeguard's awareness, memberlist). Pure: beats,
-probe results and the time come in.
+A node that missed three beats is suspect and is probed by another way, a connection to a port of its agent's.
+Refused: the host lives and its agent is down, so its workers are given ``AGENT_GRACE``. Accepted but silent: frozen,
+the same grace. No answer at all: the host is lost at five missed beats. When several nodes and more than 30 % are
+suspect at once, or the only one, it is probably this lighthouse that is cut off: nobody is declared lost, and after
+it all have ``RETURN_GRACE``, for they come back one by one. One of two or three is one host's trouble. A lighthouse
+that finds its own loop late moves its deadlines by as much (Lifeguard's awareness, memberlist). Pure: beats, probe
+results and the time come in.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from typing import Literal
 from msgspec import Struct
 
 from seamark.protocol.messages import NodeHello
-from seamarkd.effects import Effect, Probe
+from seamarkd.effects import Effect, Probe, Wake
 
 BEAT_INTERVAL = 0.1
+"""Seconds between two beats of a node, where nothing else is configured."""
 SUSPECT_BEATS = 3
 LOST_BEATS = 5
 AGENT_GRACE = 10.0
 """Seconds an unreachable agent has to come back; supervisord needs one to two to restart it."""
 MASS_SUSPICION = 0.3
+RETURN_GRACE = 5.0
+"""Seconds that nodes have to connect anew once they are not silent all together any more: two of TCP's time-outs."""
+DEADLINE_PASSED = 0.001
+"""Seconds after a deadline at which it has surely passed."""
 
 ProbeResult = Literal["refused", "accepted", "silent"]
 Verdict = Literal["", "agent down", "frozen"]
@@ -38,6 +44,7 @@ class Node(Struct):
     route: bytes
     last_beat: float
     suspect_since: float | None = None
+    spared_until: float = 0.0
     verdict: Verdict = ""
 
 
@@ -46,9 +53,11 @@ class NodeWatch:
 
     Args:
         agent_grace: seconds an unreachable agent has to come back.
+        beat_interval: seconds between two beats of a node.
     """
 
-    def __init__(self, agent_grace: float = AGENT_GRACE) -> None:
+    def __init__(self, agent_grace: float = AGENT_GRACE, beat_interval: float = BEAT_INTERVAL) -> None:
+        self.beat_interval = beat_interval
         self._agent_grace = agent_grace
         self.nodes: dict[str, Node] = {}
         self.sentence = ""
@@ -65,6 +74,7 @@ class NodeWatch:
             return False
         known.last_beat = now
         known.suspect_since = None
+        known.spared_until = 0.0
         known.verdict = ""
         return True
 
@@ -91,9 +101,10 @@ class NodeWatch:
                 node.last_beat = min(now, node.last_beat + self._excused)
             self._excused = 0.0
         for node in self.nodes.values():
-            if node.suspect_since is None and now - node.last_beat > SUSPECT_BEATS * BEAT_INTERVAL:
+            if node.suspect_since is None and now - node.last_beat > SUSPECT_BEATS * self.beat_interval:
                 node.suspect_since = now
-                effects.append(Probe(node.name, node.address))
+                left = node.last_beat + LOST_BEATS * self.beat_interval - now
+                effects += [Probe(node.name, node.address), Wake(max(0.0, left) + DEADLINE_PASSED)]
         suspects = [node for node in self.nodes.values() if node.suspect_since is not None]
         many = len(suspects) > 1 or len(self.nodes) == 1
         if many and len(suspects) > MASS_SUSPICION * len(self.nodes):
@@ -101,12 +112,21 @@ class NodeWatch:
                 f"{len(suspects)} of {len(self.nodes)} nodes are silent at once: that is probably this lighthouse's "
                 "own network, nobody is declared lost"
             )
+            for node in suspects:
+                node.spared_until = now + RETURN_GRACE
             return effects, []
-        self.sentence = ""
-        lost = [node.name for node in suspects if now - node.last_beat > self._patience(node)]
+        if self.sentence:
+            self.sentence = ""
+            # What was found out about them was found out about this lighthouse's network: they are probed again.
+            for node in suspects:
+                node.suspect_since = None
+            return effects, []
+        lost = [
+            node.name for node in suspects if now - node.last_beat > self._patience(node) and now >= node.spared_until
+        ]
         for name in lost:
             del self.nodes[name]
         return effects, lost
 
     def _patience(self, node: Node) -> float:
-        return self._agent_grace if node.verdict else LOST_BEATS * BEAT_INTERVAL
+        return self._agent_grace if node.verdict else LOST_BEATS * self.beat_interval

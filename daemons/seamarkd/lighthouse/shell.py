@@ -17,7 +17,7 @@ from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.channel import Channel
 from seamarkd.effects import Effect, Probe, ProbeMember, Publish, Send, Wake
 from seamarkd.lighthouse.core import Lighthouse
-from seamarkd.lighthouse.nodes import AGENT_GRACE, ProbeResult
+from seamarkd.lighthouse.nodes import AGENT_GRACE, BEAT_INTERVAL, NodeWatch, ProbeResult
 from seamarkd.lighthouse.replicas import ReplicaOptions
 from seamarkd.software import software
 
@@ -28,6 +28,9 @@ TICK = 0.1
 EVENT_BEAT_TICKS = 2
 """A restart of this daemon is seen by the epoch in its next beat, and a lost last event by its number."""
 PROBE_TIMEOUT = 0.2
+PROBE_AGAIN = 0.05
+"""Seconds after which another connection is tried beside: the kernel repeats a lost SYN only after a second."""
+LATENESS_KEPT = 10.0
 
 
 def topic(job: str) -> bytes:
@@ -48,6 +51,7 @@ class LighthouseShell:
         epoch: rises with every start.
         options: limits of replica groups.
         agent_grace: seconds an unreachable agent has to come back.
+        beat_interval: seconds between two beats of a node.
     """
 
     def __init__(
@@ -58,8 +62,9 @@ class LighthouseShell:
         epoch: int,
         options: ReplicaOptions | None = None,
         agent_grace: float = AGENT_GRACE,
+        beat_interval: float = BEAT_INTERVAL,
     ) -> None:
-        self.core = Lighthouse(epoch, time.monotonic(), options, agent_grace)
+        self.core = Lighthouse(epoch, time.monotonic(), options, NodeWatch(agent_grace, beat_interval))
         router = make_socket(context, zmq.ROUTER)
         router.bind(check_address(address))
         publisher = make_socket(context, zmq.PUB)
@@ -72,6 +77,8 @@ class LighthouseShell:
         self._probes: set[asyncio.Task[None]] = set()
         self._since = time.monotonic()
         self._ticks = 0
+        self._lateness = (0.0, 0.0)
+        self._lateness_since = self._since
         self._due = self._loop.time() + TICK
         self._timer = self._loop.call_at(self._due, self._tick)
 
@@ -91,6 +98,7 @@ class LighthouseShell:
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
                 dropped=dict(self._requests.dropped),
+                lateness=max(self._lateness),
                 wall_clock=time.time(),
             )
             self._requests.send(status, route)
@@ -99,6 +107,7 @@ class LighthouseShell:
 
     def _tick(self) -> None:
         late = self._loop.time() - self._due
+        self._note(late)
         if late > TICK or self._requests.behind:
             # Beats that were not read yet are nobody's silence, either.
             self.core.late(time.monotonic(), max(late, TICK))
@@ -108,6 +117,11 @@ class LighthouseShell:
             self._events.send(self.core.event_beat(), EVENT_BEAT_TOPIC)
         self._due = max(self._due + TICK, self._loop.time())
         self._timer = self._loop.call_at(self._due, self._tick)
+
+    def _note(self, late: float) -> None:
+        if time.monotonic() - self._lateness_since > LATENESS_KEPT:
+            self._lateness, self._lateness_since = (0.0, self._lateness[0]), time.monotonic()
+        self._lateness = (max(late, self._lateness[0]), self._lateness[1])
 
     def _perform(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -142,18 +156,31 @@ class LighthouseShell:
 
 async def probe(address: str) -> ProbeResult:
     """What comes of connecting to a peer's address, within ``PROBE_TIMEOUT``."""
+    attempts: set[asyncio.Task[ProbeResult]] = set()
     try:
         async with asyncio.timeout(PROBE_TIMEOUT):
-            if address.startswith("ipc://"):
-                _, writer = await asyncio.open_unix_connection(address.removeprefix("ipc://"))
-            else:
-                host, _, port = address.removeprefix("tcp://").rpartition(":")
-                _, writer = await asyncio.open_connection(host, int(port))
-            writer.close()
-    except (ConnectionError, FileNotFoundError):
-        return "refused"
+            while True:
+                attempts.add(asyncio.create_task(_attempt(address)))
+                done, _ = await asyncio.wait(attempts, timeout=PROBE_AGAIN, return_when=asyncio.FIRST_COMPLETED)
+                for attempt in done:
+                    return attempt.result()
     except TimeoutError:
         return "silent"
+    finally:
+        for attempt in attempts:
+            attempt.cancel()
+
+
+async def _attempt(address: str) -> ProbeResult:
+    try:
+        if address.startswith("ipc://"):
+            _, writer = await asyncio.open_unix_connection(address.removeprefix("ipc://"))
+        else:
+            host, _, port = address.removeprefix("tcp://").rpartition(":")
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        writer.close()
+    except (ConnectionError, FileNotFoundError):
+        return "refused"
     except (OSError, ValueError) as error:
         log.info("can't probe %s: %s", address, error)
         return "silent"
