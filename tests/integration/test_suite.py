@@ -249,6 +249,15 @@ def test_more_ranks_than_slots_is_refused(cluster: Suite, tmp_path: Path) -> Non
     assert "agent.slots" in said
 
 
+def test_an_agent_with_another_host_s_address_says_so(tmp_path: Path) -> None:
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    env |= {"SEAMARK_AGENT_HOST": "nobody.invalid", "SEAMARK_SECURITY_INSECURE": "true"}
+    agent = [str(Path(sys.executable).with_name("seamark-agent"))]
+    done = subprocess.run(agent, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 78
+    assert "agent.host: nobody.invalid is no address of this host" in done.stderr
+
+
 def test_a_second_lighthouse_on_the_port_is_refused_and_not_restarted(cluster: Suite) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from seamarkd.lighthouse.main import main; main()"],

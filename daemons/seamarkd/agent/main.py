@@ -9,10 +9,11 @@ import click
 import zmq
 
 from seamarkd import daemon
-from seamarkd.agent.shell import AgentShell
+from seamarkd.agent.shell import AgentShell, NotThisHostError
 from seamarkd.cli.exit_codes import TERMINATED
 from seamarkd.epoch import next_epoch
 from seamarkd.paths import private
+from seamarkd.settings import SettingsError
 
 PREEMPTION_GRACE = 30.0
 """Seconds workers have for an emergency checkpoint when their host goes away (D12)."""
@@ -69,7 +70,11 @@ def command(
             epoch=next_epoch(directory / "epoch"),
             linger=LINGER,
         )
-        await shell.start()
+        try:
+            await shell.start()
+        except NotThisHostError as error:
+            shell.close()
+            raise SettingsError([f"agent.host: {error}: give the name or address that others reach it by"]) from None
         return _Served(shell)
 
     daemon.run("agent", chosen, start)

@@ -104,6 +104,10 @@ class Kept(Struct):
         self.processes.clear()
 
 
+class NotThisHostError(Exception):
+    """The host that others are to reach this one by is no address of it."""
+
+
 class AgentShell:
     """An agent that serves one node.
 
@@ -161,11 +165,18 @@ class AgentShell:
         self._timers: dict[Callable[[], float], asyncio.TimerHandle] = {}
 
     async def start(self) -> None:
-        """Takes up what an earlier start of this agent left, and introduces itself to the other daemons."""
+        """Takes up what an earlier start of this agent left, and introduces itself to the other daemons.
+
+        Raises:
+            NotThisHostError: nothing can listen on the host that it was given.
+        """
         await asyncio.gather(*(self._adopt(remembered) for remembered in self._memory.read()))
         # Not before: a worker that is not known yet would be refused, and end.
         self._workers.socket.bind(self.address)
-        self._knocks = await asyncio.start_server(_answer_knock, self._host, 0)
+        try:
+            self._knocks = await asyncio.start_server(_answer_knock, self._host, 0)
+        except OSError as error:
+            raise NotThisHostError(f"{self._host} is no address of this host ({error.strerror or error})") from None
         host, port = self._knocks.sockets[0].getsockname()[:2]
         knock = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
         self._hello = NodeHello(self.core.node, self._incarnation, knock, self._slots)
