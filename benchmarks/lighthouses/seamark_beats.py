@@ -2,7 +2,8 @@
 
 Each connection is a node with its ranks (one Beat for all of them) or a replica group (ReplicaBeat). Beats are spread
 evenly over the interval, as those of hosts that know nothing of each other. With an interval of 0 each connection
-sends its next beat when the last one is answered: as many as the lighthouse takes.
+sends its next beats when the last ones are answered: as many as the lighthouse takes. A replica's beat is answered,
+and every fifth of a node's.
 
 A node introduces itself first and reports its ranks as started; it does so again when it is told that nobody knows it.
 """
@@ -24,12 +25,16 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from lighthouses import zmtp
 from seamark.protocol.codec import decode, encode
 from seamark.protocol.messages import (
+    ANSWER_EVERY,
     Acknowledged,
     Beat,
     BeatAnswer,
+    FailureEvent,
     MemberStarted,
     Message,
     NodeHello,
@@ -53,6 +58,7 @@ class Peer:
     """One connection: what it says of itself, and its beats as bytes around their number."""
 
     __slots__ = (
+        "_beat",
         "acknowledged",
         "after",
         "before",
@@ -67,8 +73,11 @@ class Peer:
         "starts",
     )
 
-    def __init__(self, connection: socket.socket, beat: Message, hello: bytes, starts: Sequence[bytes]) -> None:
+    def __init__(
+        self, connection: socket.socket, beat: Beat | ReplicaBeat, hello: bytes, starts: Sequence[bytes]
+    ) -> None:
         self.connection = connection
+        self._beat = beat
         self.before, self.after = around_number(beat)
         self.hello = hello
         self.hello_due = 0.0
@@ -77,8 +86,16 @@ class Peer:
         self.started = not starts
         self.acknowledged = 0
         self.sequence = 0
-        self.sent: deque[float] = deque()
+        self.sent: deque[tuple[int, float]] = deque()
+        """Number and time of each beat that no answer was for yet, neither its own nor a later one's."""
         self.reader = zmtp.Reader()
+
+    def see(self, failure: int) -> None:
+        """A failure was pushed to it; a beat that does not say so has it pushed again."""
+        assert isinstance(self._beat, ReplicaBeat)
+        if failure > self._beat.seen:
+            self._beat = replace(self._beat, seen=failure)
+            self.before, self.after = around_number(self._beat)
 
     def beat(self) -> bytes:
         """The next beat."""
@@ -157,17 +174,19 @@ class Generator:
                 peer.hello_due = now + HELLO_AGAIN
                 self._send(peer, peer.hello)
             return
+        answered = ANSWER_EVERY if peer.hello else 1
         # While the connections are made, the lighthouse sets the pace.
-        if len(peer.sent) >= (1 if self._unready else UNANSWERED):
+        if len(peer.sent) >= (answered if self._unready else UNANSWERED):
             self.held_back += 1
             return
-        data = peer.beat()
+        beats = answered if self._interval == 0.0 else 1
+        data = b"".join(peer.beat() for _ in range(beats))
         if not peer.started:
             peer.started = True
             data += peer.starts
         if self._send(peer, data):
-            self.sent += 1
-            peer.sent.append(now)
+            self.sent += beats
+            peer.sent += [(number, now) for number in range(peer.sequence - beats + 1, peer.sequence + 1)]
 
     def _send(self, peer: Peer, data: bytes) -> bool:
         try:
@@ -184,14 +203,10 @@ class Generator:
         piece = peer.connection.recv(65_536)
         if not piece:
             raise SystemExit("the lighthouse closed a connection")
-        # The usual piece is one whole BeatAnswer that says "known": a look at its ends is enough.
-        if piece[5] == BeatAnswer.type_id and piece[-1] == 0xC3 and len(piece) == 8 + piece[7] and peer.reader.empty:
-            self._answered(peer)
-            return
         for frames in peer.reader.feed(piece):
             match decode(frames):
-                case BeatAnswer(known=known):
-                    self._answered(peer)
+                case BeatAnswer(known=known, sequence=sequence):
+                    self._answered(peer, sequence)
                     if not known:
                         # Its ranks are announced again, too, as an agent does.
                         self.strangers += 1
@@ -202,16 +217,21 @@ class Generator:
                     peer.acknowledged += 1
                     if peer.acknowledged == self._order["ranks"]:
                         self._unready -= 1
+                case FailureEvent(sequence=sequence):
+                    peer.see(sequence)
                 case Refused(reason=reason):
                     self.refused += 1
                     self.refusal = self.refusal or reason
 
-    def _answered(self, peer: Peer) -> None:
-        self.answered += 1
+    def _answered(self, peer: Peer, sequence: int) -> None:
+        """A node's fifth beat is answered, and with it those before."""
         if not peer.starts and not peer.acknowledged:
             peer.acknowledged = 1
             self._unready -= 1
-        self.answer_seconds.append(time.monotonic() - peer.sent.popleft())
+        while peer.sent and peer.sent[0][0] <= sequence:
+            _, at = peer.sent.popleft()
+            self.answered += 1
+        self.answer_seconds.append(time.monotonic() - at)
 
     def _probed(self) -> None:
         """The lighthouse looks whether this host lives."""

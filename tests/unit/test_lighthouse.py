@@ -31,7 +31,9 @@ def test_a_stranger_s_beat_is_answered_register_again() -> None:
     assert answers(lighthouse.handle(0.0, b"a", Beat("n", "i", 7))) == [BeatAnswer(3, 7, known=False)]
     (welcome,) = answers(lighthouse.handle(0.0, b"a", NodeHello("n", "i", "ipc:///x", 4)))
     assert isinstance(welcome, Welcome)
-    assert answers(lighthouse.handle(0.1, b"a", Beat("n", "i", 8))) == [BeatAnswer(3, 8, known=True)]
+    said = [answers(lighthouse.handle(0.1, b"a", Beat("n", "i", number))) for number in range(8, 13)]
+    assert said == [[], [], [BeatAnswer(3, 10, known=True)], [], []], "of five beats one is answered"
+    assert answers(lighthouse.handle(0.1, b"a", Beat("n", "other", 13))) == [BeatAnswer(3, 13, known=False)]
 
 
 def test_a_report_about_an_unknown_job_is_refused_so_that_it_is_repeated() -> None:

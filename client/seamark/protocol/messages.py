@@ -26,6 +26,8 @@ Duration = Annotated[float, Meta(ge=0.0, le=1e9)]
 Moment = Annotated[float, Meta(ge=-1.0, le=1e12)]
 Policy = Literal["replace", "any-failed", "min-healthy"]
 
+ANSWER_EVERY = 5
+"""The lighthouse answers one of so many beats of a known node, and all of a stranger's: half a beat is its answer."""
 RANKS = "ranks"
 """The group whose members are the workers of a job."""
 REPLICAS = "replicas"
@@ -236,7 +238,7 @@ class Beat(Message, frozen=True):
 
 
 class BeatAnswer(Message, frozen=True):
-    """Every beat is answered; ``known`` false means: register again. Silence means: make a new socket."""
+    """``known`` false means: register again. For a node that it knows the lighthouse has one each ``ANSWER_EVERY``."""
 
     type_id = 5
     direction = "lighthouse -> agent"

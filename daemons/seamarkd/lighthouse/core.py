@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from seamark.protocol.messages import (
+    ANSWER_EVERY,
     RANKS,
     Acknowledged,
     Beat,
@@ -167,6 +168,8 @@ class Lighthouse:
 
     def _beat(self, now: float, route: bytes, beat: Beat) -> list[Effect]:
         known = self.nodes.beat(now, beat.node, beat.incarnation, route)
+        if known and beat.sequence % ANSWER_EVERY:
+            return []
         return [Send(route, BeatAnswer(self.epoch, beat.sequence, known))]
 
     def _roster(self, now: float, route: bytes, roster: Roster) -> list[Effect]:

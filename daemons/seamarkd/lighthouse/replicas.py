@@ -153,11 +153,13 @@ class ReplicaGroup:
         if taken is None:
             return effects
         taken.step = beat.step
-        effects += [
-            Send(route, event)
-            for event in self._pushed
-            if event.sequence > max(beat.seen, taken.since) and event.failure.incarnation not in self._processes
-        ]
+        seen = max(beat.seen, taken.since)
+        if self._pushed and self._pushed[-1].sequence > seen:
+            effects += [
+                Send(route, event)
+                for event in self._pushed
+                if event.sequence > seen and event.failure.incarnation not in self._processes
+            ]
         waiting = self._joins.get(beat.replica_id)
         if waiting is not None and (beat.waiting == 0 or beat.waiting > waiting.request.request):
             del self._joins[beat.replica_id]  # it gave up, and the word of that was lost
