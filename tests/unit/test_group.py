@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import sys
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -33,6 +34,7 @@ from seamark.protocol.messages import (
 from seamarkd.effects import Effect, Publish, Send
 from seamarkd.lighthouse.events import EventLog
 from seamarkd.lighthouse.group import EVIDENCE_WINDOW, HEARTBEAT_TIMEOUT, Group
+from seamarkd.lighthouse.quorum import Decision, compute_quorum
 
 T = TypeVar("T", bound=Message)
 WORLD = 4
@@ -162,6 +164,26 @@ def test_the_first_quorum_waits_for_the_whole_roster(bench: Bench) -> None:
     (event,) = bench.published(QuorumEvent)
     assert [member.member for member in event.members] == members()
     assert (event.iteration, event.restarts, event.quorum_id) == (0, 0, (1 << 32) + 1)
+
+
+def test_ten_thousand_joins_are_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decision looks at every member: one for each join would be a hundred million looks."""
+    monkeypatch.setattr(sys.modules[__name__], "WORLD", 10_000)
+    decisions = 0
+
+    def counted(**arguments: Any) -> Decision:
+        nonlocal decisions
+        decisions += 1
+        return compute_quorum(**arguments)
+
+    monkeypatch.setattr("seamarkd.lighthouse.group.compute_quorum", counted)
+    bench = Bench()
+    for iteration in range(2):
+        bench.join(*range(WORLD))
+        (event,) = bench.published(QuorumEvent)[iteration:]
+        assert len(event.members) == WORLD
+        assert decisions == iteration + 1
+        bench.fault(0, OWN, iteration)
 
 
 def test_a_member_list_travels_once_per_route(bench: Bench) -> None:
@@ -485,6 +507,7 @@ def test_no_iteration_is_known_before_all_nodes_have_been_heard(of_two_nodes: Be
     of_two_nodes.join(3)
     of_two_nodes.do(group.recall(now, recall(5, node="n1")))
     assert group.recalling
+    of_two_nodes.do(group.tick(now))
     assert "n0" in group.reason
     of_two_nodes.do(group.recall(now, recall(6, node="n0")))
     assert not group.recalling

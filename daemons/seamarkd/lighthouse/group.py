@@ -66,7 +66,6 @@ class MemberState(Struct):
 
     slot: Slot
     incarnation: str = ""
-    alive: bool = False
     lost: str = ""
     presumed: bool = False
 
@@ -117,6 +116,7 @@ class Group:
         self.done = False
         self.reason = "no quorum was asked for yet"
         self.members: dict[str, MemberState] = {}
+        self._living: set[str] = set()
         self._on_node: dict[str, list[str]] = {}
         self._events = events
         self._floor = floor
@@ -157,6 +157,7 @@ class Group:
         self._start_timeout = roster.start_timeout
         stale = self._refuse_waiting("a newer generation of this job has been started")
         self.members = {slot.member: MemberState(slot) for slot in roster.slots}
+        self._living.clear()
         self._on_node = {}
         for slot in roster.slots:
             self._on_node.setdefault(slot.node, []).append(slot.member)
@@ -180,7 +181,7 @@ class Group:
             state.lost = ""
             state.presumed = False
         state.incarnation = report.incarnation
-        state.alive = True
+        self._living.add(report.member)
         self._expected[report.member] = now + self._start_timeout
         return []
 
@@ -252,9 +253,11 @@ class Group:
         self._joins.pop(report.member, None)
         self._expected.pop(report.member, None)
         state.incarnation = report.replacement
-        state.alive = bool(report.replacement)
         if report.replacement:
+            self._living.add(report.member)
             self._expected[report.member] = now + self._options.join_timeout
+        else:
+            self._living.discard(report.member)
         if self.done:
             return []
         failure = Failure(
@@ -290,7 +293,7 @@ class Group:
         effects: list[Effect] = []
         for member in self._on_node.get(node, ()):
             state = self.members[member]
-            if state.alive:
+            if member in self._living:
                 cause = Cause(kind="node", text=f"node {node} is gone")
                 report = MemberLost(
                     0, self.job, self.generation, member, state.incarnation, cause, -1.0, now, "missed heartbeats"
@@ -363,7 +366,15 @@ class Group:
         self._joins[request.member] = (waiter, request)
         self._expected.pop(request.member, None)
         self._completions.pop(request.member, None)
-        return [*self._unexplained(now, request), *self.answer_if_ready(now)]
+        effects = self._unexplained(now, request)
+        return [*effects, *self.answer_if_ready(now)] if self._may_be_complete(now) else effects
+
+    def _may_be_complete(self, now: float) -> bool:
+        """False while the decision can only be to wait: every join of many members need not ask for it."""
+        if self._previous is not None and len(self._joins) >= len(self._previous.members):
+            return True
+        on_their_way = any(now < deadline for deadline in self._expected.values())
+        return not on_their_way and len(self._joins) >= len(self._living)
 
     def _answer_in_force(self) -> QuorumAnswer | None:
         answer = self._last_answer
@@ -512,11 +523,10 @@ class Group:
 
     def _heartbeats(self, now: float) -> dict[str, float]:
         beats = {}
-        for member, state in self.members.items():
-            if state.alive:
-                joined = self._joins.get(member)
-                at = self._beat_of(state.slot.node)
-                beats[member] = max(joined[0].since if joined else -1.0, at if at is not None else -1.0)
+        for member in self._living:
+            joined = self._joins.get(member)
+            at = self._beat_of(self.members[member].slot.node)
+            beats[member] = max(joined[0].since if joined else -1.0, at if at is not None else -1.0)
         return {member: at for member, at in beats.items() if at >= 0}
 
     def status(self, now: float) -> GroupStatus:
@@ -533,7 +543,7 @@ class Group:
                     member, state.incarnation, state.slot.node, max(0.0, now - beats.get(member, now)), -1, joined
                 )
                 for member, state in self.members.items()
-                if state.alive
+                if member in self._living
                 for joined in [member in self._joins]
             ],
             failures=list(self._in_force.values()),
@@ -542,7 +552,7 @@ class Group:
     def inject(self, now: float, member: str) -> list[Effect] | None:
         """A drill: the member's failure is published, and it joins again; None for a stranger."""
         state = self.members.get(member)
-        if state is None or not state.alive:
+        if state is None or member not in self._living:
             return None
         cause = Cause(kind="injected", text="injected failure")
         return self.faulted(now, MemberFaulted(self.job, member, state.incarnation, self.iteration, cause, now))
