@@ -44,8 +44,8 @@ ASK_TIMEOUT = 2.0
 REDRAW_INTERVAL = 1.0
 MEMBERS_SHOWN = 20
 ENDED_SHOWN = 10
-LATE = 0.1
-"""Seconds by which a lighthouse is late that has more to do than it can."""
+LATE = 0.5
+"""Seconds by which a lighthouse is late that finds lost hosts noticeably later."""
 CLOCKS = frozenset({"uptime", "beat_age", "running_for", "lateness"})
 """Fields that differ between any two answers: no change that anybody would want a line for."""
 
