@@ -776,12 +776,13 @@ class Replicas:
                 return
         self._heard_after[incarnation] = max(sent_at, self._heard_after.get(incarnation, 0.0))
         event = self._lost.get((member, incarnation))
-        returns = event is not None and event.failure.cause.kind not in ("left", "signal")
-        if returns:
+        if event is not None and event.failure.cause.kind in ("left", "signal"):
+            return  # the last words of who is known to be dead
+        if event is not None:
             del self._lost[member, incarnation]
             self.returned[member, incarnation] += 1
         for subscriber in self.subscribers:
-            subscriber.heard(member, incarnation, published=returns)
+            subscriber.heard(member, incarnation, published=event is not None)
 
     def published(self, event: Message) -> None:
         for subscriber in self.subscribers:

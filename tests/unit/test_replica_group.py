@@ -38,11 +38,12 @@ class Bench:
         self.requests: dict[str, int] = {}
         self.last: ReplicaQuorum | None = None
 
-    def beat(self, *names: str, incarnation: str = "") -> None:
+    def beat(self, *names: str, incarnation: str = "", **fields: int) -> None:
         self.said = []
         for name in names:
             who = incarnation or f"{name}-1"
-            self.said += self.group.beat(self.now, who.encode(), ReplicaBeat("job", name, who, f"tcp://{who}:1", 1, 0))
+            beat = ReplicaBeat("job", name, who, f"tcp://{who}:1", 1, fields.pop("step", 0), **fields)
+            self.said += self.group.beat(self.now, who.encode(), beat)
 
     def join(self, name: str, *, incarnation: str = "", last: ReplicaQuorum | None = None, **fields: Any) -> None:
         who = incarnation or f"{name}-1"
@@ -50,10 +51,11 @@ class Bench:
         number = self.requests[who] = self.requests.get(who, 0) + 1
         failures = fields.pop("commit_failures", 0)
         shrink = fields.pop("shrink_only", False)
+        step = fields.pop("step", 0)
         request = ReplicaJoin(
             "job",
             number,
-            Replica(name, who, f"tcp://{who}:1", "", 0, 1, shrink, failures),
+            Replica(name, who, f"tcp://{who}:1", "", step, 1, shrink, failures),
             last.quorum_id if last else 0,
             [one.replica_id for one in last.participants] if last else [],
             **fields,
@@ -113,6 +115,46 @@ def test_silence_is_one_failure_and_tells_the_others() -> None:
     bench.beat("b")
     assert [one.member for one in bench.published(RecoveredEvent)] == ["b"]
     assert bench.group.status(bench.now).failures == []
+
+
+def test_who_comes_back_is_told_of_what_it_missed_until_it_has_seen_it() -> None:
+    """Cut off and declared lost, it waits in a collective with another that is lost as well."""
+    bench = Bench()
+    answer = bench.quorum("a", "b")
+    bench.tick(10.0)
+    lost = {one.failure.member: one.sequence for one in bench.published(FailureEvent)}
+    assert lost.keys() == {"a", "b"}
+    for seen in (0, 0, lost["a"], lost["b"]):
+        bench.beat("b", seen=seen)
+        told = {one.failure.member for one in bench.sent(FailureEvent)}
+        assert {member for member, sequence in lost.items() if sequence > seen} <= told
+    assert told == set()
+    bench.beat("a", incarnation="a-2")
+    bench.join("a", incarnation="a-2")
+    bench.join("b", last=answer)
+    assert len(bench.sent(ReplicaQuorum)) == 2
+    bench.beat("b")
+    assert bench.sent(FailureEvent) == [], "what failed before a quorum is not in it"
+
+
+def test_an_answer_that_was_lost_with_its_lighthouse_is_missed_by_who_waits_for_it() -> None:
+    """The others have it, and wait in the collective for one that asks the new lighthouse."""
+    before = Bench().quorum("a", "b", "c")
+    bench = Bench(epoch=2, settles_at=5.0)
+    bench.join("c", last=before)
+    bench.beat("a", step=0)
+    (event,) = bench.sent(FailureEvent)
+    assert (event.failure.kind, event.failure.member) == ("faulted", "c")
+    bench.beat("a", step=0, waiting=7)
+    assert bench.sent(FailureEvent) == [], "it waits, too"
+
+
+def test_who_is_done_with_its_step_waits_for_the_others() -> None:
+    before = Bench().quorum("a", "b", "c")
+    bench = Bench(epoch=2, settles_at=5.0)
+    bench.join("c", last=before, step=1)
+    bench.beat("a", step=0)
+    assert bench.sent(FailureEvent) == []
 
 
 def test_who_does_not_join_is_looked_for_and_a_refused_connection_ends_the_wait() -> None:

@@ -82,7 +82,7 @@ class Living(Struct):
     route: bytes
     last_beat: float
     since: int = 0
-    """The job's last event when it was first heard of."""
+    """The job's last event when it was answered a quorum: what failed before is not in that."""
     step: int = 0
     contested_until: float = 0.0
     """Seconds; up to then another process under its name is refused, for this one was just seen to live."""
@@ -155,11 +155,9 @@ class ReplicaGroup:
         taken.step = beat.step
         seen = max(beat.seen, taken.since)
         if self._pushed and self._pushed[-1].sequence > seen:
-            effects += [
-                Send(route, event)
-                for event in self._pushed
-                if event.sequence > seen and event.failure.incarnation not in self._processes
-            ]
+            effects += [Send(route, event) for event in self._pushed if event.sequence > seen]
+        if beat.waiting == 0:
+            effects += [Send(route, event) for event in self._not_answered(now, beat)]
         waiting = self._joins.get(beat.replica_id)
         if waiting is not None and (beat.waiting == 0 or beat.waiting > waiting.request.request):
             del self._joins[beat.replica_id]  # it gave up, and the word of that was lost
@@ -185,7 +183,7 @@ class ReplicaGroup:
             return [], known
         if incarnation in self._ended:
             return [], None
-        self.members[replica_id] = known = Living(incarnation, address, route, now, self._events.sequence)
+        self.members[replica_id] = known = Living(incarnation, address, route, now)
         self._expected.pop(replica_id, None)
         failed = self._failures.pop(replica_id, None)
         if failed is None:
@@ -337,7 +335,26 @@ class ReplicaGroup:
             return []
         self._broken = True
         self._round += 1
-        text = f"it did not take part in quorum {previous.quorum_id}: its caller had given up"
+        event = self._absence(now, replica, f"in quorum {previous.quorum_id}: its caller had given up")
+        return [Send(self.members[one].route, event) for one in previous.members if one in self.members]
+
+    def _not_answered(self, now: float, beat: ReplicaBeat) -> list[FailureEvent]:
+        """Who waits for the quorum of a step that this one is in: its answer was lost with the lighthouse that gave it.
+
+        Who is not in that quorum is not missed there; a manager takes notice of none but its own quorum's members.
+        """
+        if self._processes or self._events.epoch == 1:
+            return []
+        return [
+            self._absence(now, request.replica, f"at step {request.replica.step}: it was not told of the quorum")
+            for request in (waiting.request for waiting in self._joins.values())
+            if request.replica.step <= beat.step
+            and request.replica.commit_failures == 0
+            and beat.replica_id in request.quorum_members
+        ]
+
+    def _absence(self, now: float, replica: Replica, where: str) -> FailureEvent:
+        """Told to those who wait for it in vain; it is alive, so nobody else has to know."""
         failure = Failure(
             kind="faulted",
             member=replica.replica_id,
@@ -345,14 +362,13 @@ class ReplicaGroup:
             rank=-1,
             node="",
             iteration=-1,
-            cause=Cause(kind="exception", text=text),
+            cause=Cause(kind="exception", text=f"it does not take part {where}"),
             occurred_at=-1.0,
             detected_at=now,
             published_at=now,
             detector="quorum",
         )
-        event = FailureEvent(self.job, REPLICAS, self._events.epoch, self._events.sequence, failure)
-        return [Send(self.members[one].route, event) for one in previous.members if one in self.members]
+        return FailureEvent(self.job, REPLICAS, self._events.epoch, self._events.sequence, failure)
 
     def _contradiction(self, request: ReplicaJoin) -> str:
         """Limits of one quorum are the same for all who wait for it (D1)."""
@@ -465,6 +481,8 @@ class ReplicaGroup:
             for one in recipients:
                 self._answered[one.incarnation] = (one.request, self._round)
         event = self._events.replica_quorum(REPLICAS, quorum_id, participants, self.reason)
+        for member in chosen:
+            self.members[member].since = event.sequence
         return [*effects, Publish(self.job, event)]
 
     # --- time ----------------------------------------------------------------------------------------------
