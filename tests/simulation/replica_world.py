@@ -45,7 +45,7 @@ from seamark.protocol.messages import (
 from seamark.replicas.core import ManagerCore, Reconnect, Settings, ToLighthouse, ToRank
 from seamarkd.effects import ProbeMember, Publish, Send, Wake
 from seamarkd.lighthouse.core import Lighthouse
-from seamarkd.lighthouse.replicas import ReplicaOptions
+from seamarkd.lighthouse.replicas import ReplicaGroup, ReplicaOptions
 
 JOB = "job"
 TICK = 0.1
@@ -182,6 +182,7 @@ class LighthouseDaemon:
             return
         self._world.arrives(message, sent_at)
         self.perform(self.core.handle(self._world.now, wire.route, message))
+        self._world.was_taken(message, self.core.replicas.get(JOB))
 
     def tell(self, message: Message) -> None:
         """From an agent or an operator."""
@@ -646,6 +647,8 @@ class Replicas:
         self._requests: dict[tuple[str, int], list[Replica]] = {}
         self._heard_after: dict[str, float] = {}
         self._lost: dict[tuple[str, str], FailureEvent] = {}
+        self._gone: set[tuple[str, str]] = set()
+        """Published as lost, and not a member again since."""
         self.returned: Counter[tuple[str, str]] = Counter()
         """How often each was heard after it had been published as lost."""
         self.refused: set[tuple[str, int]] = set()
@@ -776,13 +779,27 @@ class Replicas:
                 return
         self._heard_after[incarnation] = max(sent_at, self._heard_after.get(incarnation, 0.0))
         event = self._lost.get((member, incarnation))
-        if event is not None and event.failure.cause.kind in ("left", "signal"):
-            return  # the last words of who is known to be dead
-        if event is not None:
+        if event is not None and event.failure.cause.kind not in ("left", "signal"):
             del self._lost[member, incarnation]
+
+    def was_taken(self, message: Message, group: ReplicaGroup | None) -> None:
+        """If its sender is a member now, it is alive for subscribers, too."""
+        match message:
+            case ReplicaBeat(replica_id=member, incarnation=incarnation):
+                pass
+            case ReplicaJoin(replica=replica):
+                member, incarnation = replica.replica_id, replica.incarnation
+            case _:
+                return
+        living = group.members.get(member) if group is not None else None
+        if living is None or living.incarnation != incarnation:
+            return
+        published = (member, incarnation) in self._gone
+        if published:
+            self._gone.discard((member, incarnation))
             self.returned[member, incarnation] += 1
         for subscriber in self.subscribers:
-            subscriber.heard(member, incarnation, published=event is not None)
+            subscriber.heard(member, incarnation, published=published)
 
     def published(self, event: Message) -> None:
         for subscriber in self.subscribers:
@@ -799,6 +816,7 @@ class Replicas:
         if key in self._lost:
             self.violate(f"the loss of {failure.incarnation} is published again: {failure.cause.kind}")
         self._lost[key] = event
+        self._gone.add(key)
 
     def answered(self, answer: ReplicaQuorum) -> None:
         members = [(one.replica_id, one.incarnation) for one in answer.participants]

@@ -129,6 +129,25 @@ def test_a_reset_is_asked_for_again_in_the_same_call_and_what_is_old_is_passed_o
     assert len(bench.told(RankQuorum)) == 2
 
 
+def test_after_a_vote_was_given_up_the_next_quorum_is_a_new_one() -> None:
+    """Under the old id the step could never be voted on again."""
+    bench = Bench()
+    bench.join(0)
+    bench.join(1)
+    bench.answer(1)
+    bench.vote(0)
+    bench.tick(40.0)
+    bench.join(0, 2)
+    bench.join(1, 2)
+    (request,) = bench.asked(ReplicaJoin)
+    assert request.replica.commit_failures == 1
+    bench.hear(ReplicaQuorum("job", [Recipient("a", "i", 2)], 8, [request.replica]))
+    bench.join(0, 3)
+    bench.join(1, 3)
+    (request,) = bench.asked(ReplicaJoin)
+    assert request.replica.commit_failures == 0, "once"
+
+
 def test_beats_and_unanswered_requests_are_repeated() -> None:
     bench = Bench()
     bench.tick(0.0)

@@ -184,6 +184,9 @@ class ManagerCore:
         first = requests[0]
         self._request += 1
         last = self._last
+        ballot = self._ballot
+        # Whose vote was given up may not know that its step failed; under the old quorum id it could vote never more.
+        given_up = last is not None and ballot is not None and ballot.closed and ballot.quorum_id == last.quorum_id
         self._pending = ReplicaJoin(
             job=self._is.job,
             request=self._request,
@@ -196,7 +199,7 @@ class ManagerCore:
                 step=min(request.step for request in requests),
                 world_size=self._is.world_size,
                 shrink_only=first.shrink_only,
-                commit_failures=max(request.commit_failures for request in requests),
+                commit_failures=max(int(given_up), *(request.commit_failures for request in requests)),
                 data=first.data,
             ),
             quorum_id=last.quorum_id if last else 0,
