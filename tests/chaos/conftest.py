@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from standalone import descendants_of, wait_for
+
 from harness.hosts import Hosts
 from harness.network import Network, NoNamespaces
-from standalone import descendants_of, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+
 from harness.hosts import Hosts
 
 pytestmark = pytest.mark.chaos
