@@ -48,7 +48,8 @@ class Hosts:
     def __enter__(self) -> Self:
         with self._running as running:
             self.start(self.head, "lighthouse", str(BIN / "seamark-lighthouse"))
-            self.start(self.head, "coordinator", str(BIN / "seamark-coordinator"))
+            # By SIGHUP it leaves its jobs alone: those end with their agents, before it, and it would wait for them.
+            self.start(self.head, "coordinator", str(BIN / "seamark-coordinator"), end=signal.SIGHUP)
             for node in self.nodes:
                 self.start_agent(node)
             self.wait("a healthy suite", self.healthy)
@@ -73,14 +74,16 @@ class Hosts:
             SEAMARK_SECURITY_INSECURE="true",
         )
 
-    def start(self, host: Host, name: str, *command: str) -> subprocess.Popen[bytes]:
-        """A process on this host, until the end."""
+    def start(
+        self, host: Host, name: str, *command: str, end: signal.Signals = signal.SIGTERM
+    ) -> subprocess.Popen[bytes]:
+        """A process on this host, until the end, which comes by that signal."""
         for directory in ("run", "state"):
             (self.home / name / directory).mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self.home / name / "output").open("ab") as output:
             own = self.environment(host, name)
             process = subprocess.Popen([*host.prefix, *command], env=own, stdout=output, stderr=output)
-        self._running.callback(_end, process)
+        self._running.callback(_end, process, end)
         return process
 
     def start_agent(self, node: str) -> None:
@@ -90,7 +93,9 @@ class Hosts:
     def submit(self, name: str) -> None:
         """A job of one sleeping worker on each node; returns once they run."""
         options = ("--nnodes", str(len(self.nodes)), "--name", name, "--preload", "none")
-        self.start(self.head, "run", str(BIN / "seamark"), "run", *options, str(self.home / "idle.py"))
+        command = (str(BIN / "seamark"), "run", *options, str(self.home / "idle.py"))
+        # Its agents end the job, as they do where a terminal is closed: the command would wait for lost ranks.
+        self.start(self.head, "run", *command, end=signal.SIGKILL)
 
         def runs() -> bool:
             jobs = (self.status()["coordinator"] or {}).get("jobs", [])
@@ -153,8 +158,8 @@ class Hosts:
         return "\n".join(f"--- {path}\n{path.read_text()[-2000:]}" for path in sorted(self.home.glob("*/output")))
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
+def _end(process: subprocess.Popen[bytes], end: signal.Signals) -> None:
+    process.send_signal(end)
     try:
         process.wait(ENDING)
     except subprocess.TimeoutExpired:
