@@ -154,6 +154,14 @@ def test_the_path_to_running() -> None:
     assert bench.job.state == "RUNNING"
 
 
+def test_a_store_that_is_reported_twice_starts_no_second_generation() -> None:
+    """A node that introduces itself while it starts the store is asked again, and answers twice."""
+    bench = Bench()
+    bench.send(StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE))
+    assert bench.send(StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE)) == []
+    assert bench.job.generation == 0
+
+
 def test_all_nodes_prepare_at_once_and_one_starts_the_store() -> None:
     bench = Bench(min_nodes=2, max_nodes=2)
     bench.hello("n1", 16)

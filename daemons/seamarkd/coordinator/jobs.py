@@ -423,7 +423,8 @@ class Coordinator:
 
     def _store_ready(self, now: float, route: bytes, report: StoreReady) -> list[Effect]:
         job = self.jobs.get(report.job)
-        if job is None or job.state != "STARTING" or report.request != job.request:
+        if job is None or job.state != "STARTING" or report.request != job.request or job.store.port:
+            # With a store already: it was asked for again, of a node that introduced itself while it started it.
             return []
         job.store = report.store
         job.master_addr = report.master_addr
