@@ -109,6 +109,8 @@ def test_ranks_and_daemons_are_killed_and_all_go_on_together() -> None:
         lost = [event.failure.incarnation for event in cluster.published if event.failure.kind == "lost"]
         ended = {worker.incarnation for worker in cluster.workers() if not worker.alive}
         assert set(lost) <= ended, told(cluster, seed, f"living processes were called lost: {set(lost) - ended}")
+        counted = cluster.coordinator.records[JOB].process_restarts
+        assert counted == len(ended), told(cluster, seed, f"{counted} restarts of processes are counted for {ended}")
 
 
 def test_a_job_completes_whatever_is_killed_while_it_does() -> None:

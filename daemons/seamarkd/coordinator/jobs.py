@@ -71,6 +71,8 @@ STOP_GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL when all workers are stopped."""
 FOLLOW_FOR = 10.0
 """Seconds a follower is told of changes without asking again."""
+EXITS_KEPT = 1_000
+"""Exits of a job, or two per rank, that are known again: an agent repeats each until it hears that it was taken."""
 NODE_SILENT = 10.0
 """Seconds without a beat after which a node gets no new work, and is not waited for at the end of a job."""
 ROSTER_RETRY = 0.5
@@ -178,7 +180,7 @@ class Job(Struct):
     roster_request: int = 0
     roster_due: float = 0.0
     exited: dict[str, str] = field(default_factory=dict)
-    """By member: the last incarnation whose exit was taken into account."""
+    """By incarnation: the members whose exits were taken into account."""
     stop_until: float = 0.0
     processes: dict[str, Process] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
@@ -577,9 +579,11 @@ class Coordinator:
         job = self.jobs.get(report.job)
         if job is None or report.generation != job.generation or job.state in ENDED:
             return acknowledged
-        if job.exited.get(report.member) == report.incarnation:
+        if report.incarnation in job.exited:
             return acknowledged
-        job.exited[report.member] = report.incarnation
+        job.exited[report.incarnation] = report.member
+        if len(job.exited) > max(EXITS_KEPT, 2 * len(job.slots)):
+            del job.exited[next(iter(job.exited))]
         process = job.processes.get(report.member)
         if process is not None and process.incarnation == report.incarnation:
             process.alive = False
