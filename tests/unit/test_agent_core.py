@@ -415,6 +415,24 @@ def test_a_lighthouse_that_is_new_hears_of_the_last_quorum_before_all_else() -> 
     assert again == messages[0]
 
 
+def test_an_exit_that_an_earlier_agent_reported_is_not_forgotten_before_it_was_taken() -> None:
+    """The keeper tells a new agent of it before that has taken the job up: the coordinator may never have heard."""
+    bench = Bench()
+    bench.exit(-9)
+    agent = Agent("here", lambda: "i9")
+    job = remembered(bench)
+    agent.jobs["job"] = job
+    assert agent.exited(NOW, "job", "i0", -9, NOW, "/log", []) == []
+    assert agent.runs("job", "i0"), "the keeper has to keep it"
+    agent.adopt(NOW, job, known("i0", "i1", "i2"))
+    (report,) = to_coordinator(agent.exited(NOW, "job", "i0", -9, NOW, "/log", []), WorkerExited)
+    assert (report.incarnation, report.charged) == ("i0", 1)
+    agent.adopt(NOW, job, known("i0", "i1", "i2"))
+    assert agent.exited(NOW, "job", "i0", -9, NOW, "/log", []) == [], "it is being reported"
+    assert agent.from_coordinator(NOW, Acknowledged(report.request))
+    assert not agent.runs("job", "i0")
+
+
 def test_the_order_of_a_coordinator_started_anew_finds_the_store_that_runs() -> None:
     agent = Agent("here", lambda: "s0")
     agent.from_coordinator(NOW, PrepareJob(3, spec(), store=True))

@@ -634,8 +634,15 @@ class Agent:
                 ended ones are reported by ``exited``.
         """
         self.jobs[job.name] = job
-        job.workers |= job.exited
-        job.exited = {}
+        # An exit that the keeper told of while it was being asked is being reported already.
+        reporting = {
+            report.effect.message.incarnation
+            for report in self._reports.values()
+            if isinstance(report.effect.message, WorkerExited)
+        }
+        again = {one: worker for one, worker in job.exited.items() if one not in reporting}
+        job.workers |= again
+        job.exited = {one: worker for one, worker in job.exited.items() if one not in again}
         effects: list[Effect] = []
         for worker in job.workers.values():
             worker.pid, worker.forked_at = known.get(worker.incarnation, (worker.pid, worker.forked_at))
@@ -655,9 +662,9 @@ class Agent:
         return self.jobs[job].spec
 
     def runs(self, job: str, incarnation: str) -> bool:
-        """True for a worker whose exit is to be reported."""
+        """True for a worker whose exit is to be reported, or was and is not known to have been taken."""
         known = self.jobs.get(job)
-        return known is not None and incarnation in known.workers
+        return known is not None and (incarnation in known.workers or incarnation in known.exited)
 
     def listening(self, job: str) -> list[str]:
         """The workers that are told of the job's failures."""
