@@ -9,14 +9,11 @@ memory a second later. Nothing else runs meanwhile; the samples are all kept.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,14 +21,12 @@ from typing import Any
 
 import click
 import psutil
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from harness.command import BenchmarkRun, json_option, work_directory
 from seamark.protocol.messages import CoordinatorStatus, LighthouseStatus
 from seamarkd.cli.status import ask_one
 
-HERE = Path(__file__).parent
 SETTLED = 1.0
 DEADLINE = 10.0
 MEBI = 1 << 20
@@ -39,49 +34,44 @@ MEBI = 1 << 20
 
 @click.command(help=__doc__)
 @click.option("--starts", default=20, show_default=True, type=click.IntRange(1), help="Starts of each daemon.")
-@click.option("--json", "result", type=click.Path(path_type=Path), help="Write every sample here.")
-def main(starts: int, result: Path | None) -> None:
+@json_option
+def main(starts: int, json_path: Path | None) -> None:
     """Measures, prints, and writes the result file."""
-    console = Console()
-    began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    run = BenchmarkRun("daemons", 0, json_path)
     samples: dict[str, dict[str, list[float]]] = {
         role: {"seconds_until_serving": [], "resident_mib": []} for role in ("lighthouse", "coordinator", "agent")
     }
-    for _ in track(range(starts), "starting daemons", console=console):
-        with tempfile.TemporaryDirectory(prefix="seamark-bench-") as home, contextlib.ExitStack() as running:
-            for role in samples:
-                process, seconds = running.enter_context(_started(role, _environment(home)))
-                samples[role]["seconds_until_serving"].append(seconds)
-                time.sleep(SETTLED)
-                samples[role]["resident_mib"].append(psutil.Process(process.pid).memory_info().rss / MEBI)
+    with run.measuring(), run.progress() as progress:
+        task = progress.add_task("starting daemons", total=starts, last="")
+        for _ in range(starts):
+            with work_directory() as home, contextlib.ExitStack() as running:
+                for role in samples:
+                    process, seconds = running.enter_context(_started(role, _environment(home)))
+                    samples[role]["seconds_until_serving"].append(seconds)
+                    time.sleep(SETTLED)
+                    samples[role]["resident_mib"].append(psutil.Process(process.pid).memory_info().rss / MEBI)
+            progress.advance(task)
+    run.finish(table_of(samples), {"samples": samples})
+
+
+def table_of(samples: dict[str, dict[str, list[float]]]) -> Table:
+    """A row for each daemon."""
     table = Table("daemon", "n", "serving p50", "max", "memory p50", "max")
     for role, values in samples.items():
         seconds, memory = values["seconds_until_serving"], values["resident_mib"]
-        table.add_row(
-            role,
-            str(starts),
-            f"{statistics.median(seconds) * 1e3:.0f} ms",
-            f"{max(seconds) * 1e3:.0f} ms",
-            f"{statistics.median(memory):.1f} MiB",
-            f"{max(memory):.1f} MiB",
-        )
-    console.print(table)
-    if result is not None:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        facts: dict[str, Any] = {
-            "commit": commit,
-            "began": began,
-            "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "python": platform.python_version(),
-            "machine": f"{os.cpu_count()} cores, Linux {platform.release()}",
-            "samples": samples,
-        }
-        result.write_text(json.dumps(facts, indent=1) + "\n")
+        if memory:
+            table.add_row(
+                role,
+                str(len(memory)),
+                f"{statistics.median(seconds) * 1e3:.0f} ms",
+                f"{max(seconds) * 1e3:.0f} ms",
+                f"{statistics.median(memory):.1f} MiB",
+                f"{max(memory):.1f} MiB",
+            )
+    return table
 
 
-def _environment(home: str) -> dict[str, str]:
+def _environment(home: Path) -> dict[str, str]:
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("SEAMARK_", "SUPERVISOR_"))},
         "XDG_RUNTIME_DIR": f"{home}/run",

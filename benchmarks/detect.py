@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,16 +21,23 @@ from typing import Any
 import click
 import psutil
 from rich import box
-from rich.console import Console
 from rich.console import Group as Lines
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
-from harness import peers, provenance, results
+from harness import peers
+from harness.command import (
+    BenchmarkRun,
+    find_peer,
+    json_option,
+    names_option,
+    peer_env_option,
+    work_directory,
+)
 from harness.hosts import Hosts
 from harness.network import Network, NoNamespaces
-from harness.processes import SystemFailed, become_subreaper, end_descendants, interrupt_once
+from harness.processes import SystemFailed, end_descendants
 from harness.replica_groups import SuiteFleet
 from harness.summary import Summary, duration
 from harness.systems import MAX_RESTARTS, TRAINING
@@ -45,7 +50,6 @@ BEAT = 0.1
 PAUSE = (0.2, 0.5)
 """Seconds of peace before each death, so that it falls anywhere between two beats."""
 PATIENCE = 60.0
-WIDTH_OF_FILES = 110  # columns of the output that goes to no terminal
 
 NOTES = f"""\
 A sample begins right before SIGKILL is sent, or the host's packets begin to go nowhere, and ends when the last of
@@ -292,29 +296,13 @@ def record_of(row: Row) -> dict[str, object]:
 KEYS = (*(f"kill-{size}" for size in SIZES), "host", "torchft")
 
 
-def parse_rows(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    """Split `--rows` at its commas."""
-    chosen = tuple(name.strip() for name in value.split(","))
-    if unknown := set(chosen) - set(KEYS):
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(KEYS)}")
-    return chosen
-
-
 @click.command(epilog=EXAMPLES)
 @click.option("--kills", default=100, show_default=True, type=click.IntRange(1), help="Deaths in each row.")
 @click.option("--peer-kills", default=10, show_default=True, type=click.IntRange(1), help="Deaths in torchft's row.")
-@click.option(
-    "--rows", "chosen", default=",".join(KEYS), show_default=True, callback=parse_rows, help="Rows, by commas."
-)
-@click.option(
-    "--peer-env",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=lambda: peers.default_directory().with_name("torchft"),
-    show_default="in the user's cache directory",
-    help="Virtual environment of torchft, made when missing.",
-)
+@names_option("--rows", "chosen", KEYS, "Rows to run")
+@peer_env_option("torchft")
 @click.option("--seed", default=0, show_default=True, help="Decides on the pauses.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a result file.")
+@json_option
 def main(
     kills: int, peer_kills: int, chosen: tuple[str, ...], peer_env: Path, seed: int, json_path: Path | None
 ) -> None:
@@ -322,66 +310,33 @@ def main(
 
     A full run takes about 15 minutes. Nothing is left running, after Ctrl-C neither.
     """
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
-    become_subreaper()
-    interrupt_once()
-    result: dict[str, object] = {}
+    run = BenchmarkRun("detect", seed, json_path)
     rows: list[Row] = []
-    complete = False
-    try:
-        with console.status("looking at the machine, preparing the environments"):
-            result |= results.opening("detect", seed)
-            commit = provenance.commit()
-            version = str(commit["commit"])[:9] + (" and changes" if commit["dirty"] else "")
-            peer, reason = _peer(chosen, peer_env.absolute())
+    with run.measuring(), work_directory() as work:
+        peer = None
         for key in chosen:
             if key == "torchft":
-                installed = peer.version if peer else "not installed"
-                rows.append(Row(key, "torchft: a replica", installed, peer_kills, error=reason))
+                with run.preparing():
+                    peer, why = find_peer(peer_env, "torchft", "torchft.coordination")
+                rows.append(Row(key, "torchft: a replica", peer.version, peer_kills, error=why))
             else:
                 title = "a host" if key == "host" else f"a process of {key.removeprefix('kill-')}"
-                rows.append(Row(key, f"seamark: {title}", version, kills))
-        with tempfile.TemporaryDirectory(prefix="d-") as work:
-            run(rows, seed, peer, Path(work), console)
-        complete = True
-    except KeyboardInterrupt as interrupt:
-        console.print(f"Interrupted by {interrupt}: the table holds what was measured until then.")
-    finally:
-        end_descendants()
-    console.print(table_of(rows))
-    if json_path is not None:
-        records = {"rows": [record_of(row) for row in rows], "subscribers": SUBSCRIBERS}
-        results.write(json_path, result | results.closing(complete) | records)
-        console.print(f"Result file: {json_path}", markup=False)
-    if not complete:
-        sys.exit(130)
-    if any(row.error for row in rows):
-        sys.exit(1)
+                rows.append(Row(key, f"seamark: {title}", run.version, kills))
+        measure(rows, seed, peer, work, run)
+    records = {"rows": [record_of(row) for row in rows], "subscribers": SUBSCRIBERS}
+    run.finish(table_of(rows), records, failed=any(row.error for row in rows))
 
 
-def _peer(chosen: Sequence[str], peer_env: Path) -> tuple[peers.Peer | None, str]:
-    """torchft, or why there is none."""
-    if "torchft" not in chosen:
-        return None, ""
-    try:
-        return peers.ensure(peer_env, "torchft", "torchft.coordination"), ""
-    except peers.PeerUnavailable as reason:
-        return None, str(reason)
-
-
-def run(rows: Sequence[Row], seed: int, peer: peers.Peer | None, work: Path, console: Console) -> None:
+def measure(rows: Sequence[Row], seed: int, peer: peers.Peer | None, work: Path, run: BenchmarkRun) -> None:
     """Row by row, and show how far that is."""
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, TextColumn("{task.fields[last]}"), console=console, refresh_per_second=2) as progress:
+    with run.progress() as progress:
         for row in rows:
             if row.error:
                 continue
             task = progress.add_task(row.title, total=row.deaths, last="")
 
-            def advance(row: Row = row, task: Any = task) -> None:
-                last = row.samples[-1]
-                shown = "never" if math.isinf(last) else duration(last)
-                progress.update(task, completed=len(row.samples), last=shown)
+            def advance(row: Row = row, task: TaskID = task) -> None:
+                progress.update(task, completed=len(row.samples), last=duration(row.samples[-1]))
 
             try:
                 if row.key == "torchft":
@@ -395,8 +350,7 @@ def run(rows: Sequence[Row], seed: int, peer: peers.Peer | None, work: Path, con
                 row.error = str(error)
             finally:
                 end_descendants()
-            if not console.is_terminal:
-                console.print(f"{row.title}: {len(row.samples)} of {row.deaths}", markup=False)
+            run.note(f"{row.title}: {len(row.samples)} of {row.deaths}")
 
 
 if __name__ == "__main__":

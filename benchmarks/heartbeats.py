@@ -12,8 +12,6 @@ import os
 import random
 import resource
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,14 +22,20 @@ from typing import Any
 import click
 import psutil
 from rich import box
-from rich.console import Console
 from rich.console import Group as Lines
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from harness import peers, provenance, results
-from harness.processes import SystemFailed, become_subreaper, end_descendants, interrupt_once
+from harness import peers
+from harness.command import (
+    BenchmarkRun,
+    find_peer,
+    json_option,
+    names_option,
+    peer_env_option,
+    work_directory,
+)
+from harness.processes import SystemFailed
 from harness.summary import Summary, duration
 from lighthouses import servers
 from lighthouses.children import Child
@@ -354,15 +358,6 @@ def record_of(row: Row) -> dict[str, object]:
 # --- the command -------------------------------------------------------------------------------------------
 
 
-def parse_loads(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[Load, ...]:
-    """Split `--loads` at its commas."""
-    known = {load.key: load for load in LOADS}
-    chosen = [name.strip() for name in value.split(",")]
-    if unknown := set(chosen) - known.keys():
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
-    return tuple(known[name] for name in chosen)
-
-
 def scaled(load: Load, factor: float) -> Load:
     """The load with so many times its connections; its title says so."""
     if factor == 1.0:
@@ -380,29 +375,17 @@ def scaled(load: Load, factor: float) -> Load:
     type=click.FloatRange(min=1.0),
     help="Length of the window that is measured in a round.",
 )
-@click.option(
-    "--loads",
-    default=",".join(load.key for load in LOADS),
-    show_default=True,
-    callback=parse_loads,
-    help="Loads to run, by commas.",
-)
+@names_option("--loads", "chosen", tuple(load.key for load in LOADS), "Loads to run")
 @click.option(
     "--scale", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Times the connections."
 )
-@click.option(
-    "--peer-env",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=lambda: peers.default_directory().with_name("torchft"),
-    show_default="in the user's cache directory",
-    help="Virtual environment of torchft, made when missing.",
-)
+@peer_env_option("torchft")
 @click.option("--seed", default=0, show_default=True, help="Decides on the order of the loads in each round.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a result file.")
+@json_option
 def main(
     rounds: int,
     seconds: float,
-    loads: tuple[Load, ...],
+    chosen: tuple[str, ...],
     scale: float,
     peer_env: Path,
     seed: int,
@@ -412,69 +395,38 @@ def main(
 
     A full run takes about 15 minutes. Nothing is left running, after Ctrl-C neither.
     """
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
-    become_subreaper()
-    interrupt_once()
+    run = BenchmarkRun("heartbeats", seed, json_path, WIDTH_OF_FILES)
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    loads = tuple(scaled(load, scale) for load in loads)
+    loads = [scaled(load, scale) for load in LOADS if load.key in chosen]
     if most < max(load.connections for load in loads) + 200:
         raise click.UsageError(f"this process may open {most} files: fewer than the connections. ulimit -Hn, --scale")
-    result: dict[str, object] = {}
-    rows: list[Row] = []
-    complete = False
-    try:
-        with console.status("looking at the machine, preparing the environments"):
-            result |= results.opening("heartbeats", seed)
-            commit = provenance.commit()
-            version = str(commit["commit"])[:9] + (" and changes" if commit["dirty"] else "")
-            peer, reason = _peer(loads, peer_env.absolute())
-            for load in loads:
-                theirs = load.system == "torchft"
-                error = reason if theirs else ""
-                rows.append(Row(load, (peer.version if peer else "not installed") if theirs else version, error=error))
-        with tempfile.TemporaryDirectory(prefix="bench-") as work:
-            run(rows, rounds, seconds, seed, peer, Path(work), console)
-        complete = True
-    except KeyboardInterrupt as interrupt:
-        console.print(f"Interrupted by {interrupt}: the tables hold what was measured until then.")
-    finally:
-        end_descendants()
-    console.print(tables_of(rows))
-    if json_path is not None:
-        method = {"rounds": rounds, "seconds": seconds, "open_files": {"before": files, "during": most}}
-        records = {"rows": [record_of(row) for row in rows]}
-        results.write(json_path, result | results.closing(complete) | method | records)
-        console.print(f"Result file: {json_path}", markup=False)
-    if not complete:
-        sys.exit(130)
-    if any(row.error for row in rows):
-        sys.exit(1)
+    rows = [Row(load, run.version) for load in loads]
+    with run.measuring(), work_directory() as work:
+        peer = None
+        if theirs := [row for row in rows if row.load.system == "torchft"]:
+            with run.preparing():
+                peer, why = find_peer(peer_env, "torchft", "torchft.coordination")
+            for row in theirs:
+                row.version, row.error = peer.version, why
+        measure_in_turns(rows, rounds, seconds, seed, peer, work, run)
+    method = {"rounds": rounds, "seconds": seconds, "open_files": {"before": files, "during": most}}
+    records = {**method, "rows": [record_of(row) for row in rows]}
+    run.finish(tables_of(rows), records, failed=any(row.error for row in rows))
 
 
-def _peer(loads: Sequence[Load], peer_env: Path) -> tuple[peers.Peer | None, str]:
-    """torchft, or why there is none."""
-    if all(load.system != "torchft" for load in loads):
-        return None, ""
-    try:
-        return peers.ensure(peer_env, "torchft", "torchft.coordination"), ""
-    except peers.PeerUnavailable as reason:
-        return None, str(reason)
-
-
-def run(
+def measure_in_turns(
     rows: Sequence[Row],
     rounds: int,
     seconds: float,
     seed: int,
     peer: peers.Peer | None,
     work: Path,
-    console: Console,
+    run: BenchmarkRun,
 ) -> None:
     """Run all loads, in another order in each round, and show how far that is."""
     rng = random.Random(seed)
-    bars = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*bars, TextColumn("{task.fields[last]}"), console=console, refresh_per_second=2) as progress:
+    with run.progress() as progress:
         tasks = {
             row.load.key: progress.add_task(f"{row.load.system}: {row.load.title}", total=rounds, start=False, last="")
             for row in rows
@@ -495,8 +447,7 @@ def run(
                     row.error = f"round {number}: {error}"
                 last = "failed" if row.error else f"{row.rounds[-1]['rank_beats_per_second']:,.0f} rank-beats/s"
                 progress.update(task, completed=len(row.rounds), last=last)
-                if not console.is_terminal:
-                    console.print(f"round {number}, {row.load.key}: {last}", markup=False)
+                run.note(f"round {number}, {row.load.key}: {last}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ or not allowed, and subscribers that never read are connected.
 
 from __future__ import annotations
 
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,14 +14,12 @@ from typing import Any
 
 import click
 from rich import box
-from rich.console import Console
 from rich.console import Group as Lines
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from harness import results
-from harness.processes import SystemFailed, become_subreaper, end_descendants, interrupt_once
+from harness.command import BenchmarkRun, json_option, work_directory
+from harness.processes import SystemFailed
 from harness.summary import Summary, duration
 from lighthouses import servers
 from lighthouses.children import Child
@@ -34,7 +30,6 @@ JOB, NODES, RANKS, WITNESSES = "bench", 125, 8, 40
 SUBSCRIBERS = 4
 INTERVAL = 0.1
 CONNECTING, MISSING = 60.0, 60.0
-WIDTH_OF_FILES = 110  # columns of the output that goes to no terminal
 
 NOTES = f"""\
 {NODES} nodes of {RANKS} ranks beat every 100 ms; answer: from a beat to its answer. told: from a MemberLost to the
@@ -49,9 +44,10 @@ Examples:
 """
 
 
-def measure(windows: int, seconds: float, rate: float, work: Path, tick: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    found: dict[str, Any], windows: int, seconds: float, rate: float, work: Path, tick: Callable[[str], None]
+) -> None:
     """All windows, against one daemon."""
-    found: dict[str, Any] = {"quiet": [], "misused": []}
     with ExitStack() as running:
         server = running.enter_context(servers.seamark(work))
         names = [f"n{number}" for number in range(NODES)]
@@ -89,7 +85,6 @@ def measure(windows: int, seconds: float, rate: float, work: Path, tick: Callabl
             raise SystemFailed(f"after it all the lighthouse says: {status}")
         found["dropped"] = status.dropped
         found["memory"] = server.memory()[0]
-    return found
 
 
 def table_of(found: dict[str, Any]) -> Lines:
@@ -99,6 +94,8 @@ def table_of(found: dict[str, Any]) -> Lines:
         table.add_column(heading, justify="left" if heading == "windows" else "right", no_wrap=True)
     for how in ("quiet", "misused"):
         rounds = found[how]
+        if not rounds:
+            continue
         told = Summary.of([one for round_ in rounds for one in round_["witness"]["told"]])
         silent = Summary.of([one for round_ in rounds for one in round_["witness"]["silence"]])
         table.add_row(
@@ -127,44 +124,29 @@ def table_of(found: dict[str, Any]) -> Lines:
 @click.option("--windows", default=3, show_default=True, type=click.IntRange(1), help="Windows of each kind.")
 @click.option("--seconds", default=15.0, show_default=True, type=click.FloatRange(min=1.0), help="Of each window.")
 @click.option("--rate", default=500.0, show_default=True, type=click.FloatRange(min=1.0), help="Bad messages a second.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a result file.")
+@json_option
 def main(windows: int, seconds: float, rate: float, json_path: Path | None) -> None:
     """What others notice while somebody misuses a lighthouse.
 
     A full run takes about two minutes. Nothing is left running, after Ctrl-C neither.
     """
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
-    become_subreaper()
-    interrupt_once()
-    result = results.opening("misuse", 0)
-    found: dict[str, Any] = {}
-    bars = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="bench-") as work,
-            Progress(*bars, console=console, refresh_per_second=2) as progress,
-        ):
-            task = progress.add_task("starting", total=2 * windows + 1)
+    run = BenchmarkRun("misuse", 0, json_path)
+    found: dict[str, Any] = {"quiet": [], "misused": [], "dropped": {}}
+    why = ""
+    with run.measuring(), work_directory() as work, run.progress() as progress:
+        task = progress.add_task("starting", total=2 * windows, last="")
 
-            def tick(what: str) -> None:
-                progress.update(task, description=what, advance=1)
-                if not console.is_terminal:
-                    console.print(what, markup=False)
+        def tick(what: str) -> None:
+            progress.update(task, description=what, completed=len(found["quiet"]) + len(found["misused"]))
+            run.note(what)
 
-            found = measure(windows, seconds, rate, Path(work), tick)
-    except SystemFailed as error:
-        console.print(str(error), markup=False)
-        sys.exit(1)
-    except KeyboardInterrupt as interrupt:
-        console.print(f"Interrupted by {interrupt}.")
-        sys.exit(130)
-    finally:
-        end_descendants()
-    console.print(table_of(found))
-    if json_path is not None:
-        method = {"windows": windows, "seconds": seconds, "rate": rate}
-        results.write(json_path, result | results.closing(True) | method | found)
-        console.print(f"Result file: {json_path}", markup=False)
+        try:
+            measure(found, windows, seconds, rate, work, tick)
+        except SystemFailed as error:
+            why = str(error)
+            run.console.print(why, markup=False)
+    method = {"windows": windows, "seconds": seconds, "rate": rate}
+    run.finish(table_of(found), {**method, **found}, failed=bool(why))
 
 
 if __name__ == "__main__":

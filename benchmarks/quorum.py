@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import click
 from rich import box
-from rich.console import Console
 from rich.console import Group as Lines
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
-from harness import peers, provenance, results
-from harness.processes import SystemFailed, become_subreaper, end_descendants, interrupt_once
+from harness.command import (
+    BenchmarkRun,
+    find_peer,
+    json_option,
+    names_option,
+    peer_env_option,
+    work_directory,
+)
+from harness.processes import SystemFailed
 from harness.summary import SAMPLES_FOR_P99, Summary
 from lighthouses import servers
 from lighthouses.children import Child
@@ -35,7 +38,6 @@ SIZES = (1, 2, 8, 32, 128)
 PAUSE = (0.0, 0.01)
 """Seconds between two rounds, so that none of them begins in step with a timer of a lighthouse."""
 PATIENCE = 60.0
-WIDTH_OF_FILES = 110  # columns of the output that goes to no terminal
 
 NOTES = f"""\
 Members live in {PROCESSES} processes of this machine and share its cores with the lighthouse. In a round all join
@@ -86,10 +88,8 @@ class System:
     error: str = ""
 
 
-def systems_of(chosen: Sequence[str], peer_env: Path, fuse: float) -> list[System]:
+def systems_of(chosen: Sequence[str], version: str, peer_env: Path, fuse: float) -> list[System]:
     """The rows of each size. A torchft that can't be installed is a row with the reason."""
-    commit = provenance.commit()
-    version = str(commit["commit"])[:9] + (" and changes" if commit["dirty"] else "")
 
     def serve(directory: Path, _members: int) -> AbstractContextManager[servers.Server]:
         return servers.seamark(directory)
@@ -109,11 +109,7 @@ def systems_of(chosen: Sequence[str], peer_env: Path, fuse: float) -> list[Syste
 
 
 def _torchft(peer_env: Path, fuse: float) -> System:
-    error = ""
-    try:
-        peer = peers.ensure(peer_env, "torchft", "torchft.coordination")
-    except peers.PeerUnavailable as reason:
-        peer, error = peers.Peer(peer_env, "not installed"), str(reason)
+    peer, why = find_peer(peer_env, "torchft", "torchft.coordination")
 
     def serve(directory: Path, members: int) -> AbstractContextManager[servers.Server]:
         return servers.torchft(directory, peer, members)
@@ -121,7 +117,7 @@ def _torchft(peer_env: Path, fuse: float) -> System:
     def program(name: str, directory: Path) -> Child:
         return Child.of_torchft(name, "torchft_members", directory, peer.python)
 
-    return System("torchft", peer.version, serve, program, fuse=fuse, error=error)
+    return System("torchft", peer.version, serve, program, fuse=fuse, error=why)
 
 
 class Team:
@@ -269,14 +265,6 @@ def parse_members(_context: click.Context, _parameter: click.Parameter, value: s
     return sizes
 
 
-def parse_systems(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    """Split `--systems` at its commas."""
-    chosen = tuple(name.strip() for name in value.split(","))
-    if unknown := set(chosen) - {"seamark", "torchft"}:
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from seamark, torchft")
-    return chosen
-
-
 @click.command(epilog=EXAMPLES)
 @click.option("--rounds", default=300, show_default=True, type=click.IntRange(1), help="Quorums of each row.")
 @click.option(
@@ -286,14 +274,7 @@ def parse_systems(_context: click.Context, _parameter: click.Parameter, value: s
     callback=parse_members,
     help="Sizes of the quorum, by commas.",
 )
-@click.option(
-    "--systems",
-    "chosen",
-    default="seamark,torchft",
-    show_default=True,
-    callback=parse_systems,
-    help="Systems to run, by commas.",
-)
+@names_option("--systems", "chosen", ("seamark", "torchft"), "Systems to run")
 @click.option(
     "--peer-seconds",
     default=120.0,
@@ -301,15 +282,9 @@ def parse_systems(_context: click.Context, _parameter: click.Parameter, value: s
     type=click.FloatRange(min=0, min_open=True),
     help="Begin no further round of torchft at one size after this time.",
 )
-@click.option(
-    "--peer-env",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=lambda: peers.default_directory().with_name("torchft"),
-    show_default="in the user's cache directory",
-    help="Virtual environment of torchft, made when missing.",
-)
+@peer_env_option("torchft")
 @click.option("--seed", default=0, show_default=True, help="Decides on the systems' turns and the pauses.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a result file.")
+@json_option
 def main(
     rounds: int,
     members: tuple[int, ...],
@@ -323,48 +298,28 @@ def main(
 
     The members live in 4 processes; in every round all of them join. Nothing is left running, after Ctrl-C neither.
     """
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
-    become_subreaper()
-    interrupt_once()
-    result: dict[str, object] = {}
+    run = BenchmarkRun("quorum", seed, json_path)
     rows: list[Row] = []
-    complete = False
-    try:
-        with console.status("looking at the machine, preparing the environments"):
-            result |= results.opening("quorum", seed)
-            systems = systems_of(chosen, peer_env.absolute(), peer_seconds)
-        with tempfile.TemporaryDirectory(prefix="bench-") as work:
-            run(systems, members, rounds, seed, Path(work), rows, console)
-        complete = True
-    except KeyboardInterrupt as interrupt:
-        console.print(f"Interrupted by {interrupt}: the table holds what was measured until then.")
-    finally:
-        end_descendants()
-    console.print(table_of(rows))
-    if json_path is not None:
-        method: dict[str, Any] = {"processes": PROCESSES, "pause_seconds": PAUSE, "peer_seconds": peer_seconds}
-        results.write(
-            json_path, {**result, **results.closing(complete), **method, "rows": [record_of(row) for row in rows]}
-        )
-        console.print(f"Result file: {json_path}", markup=False)
-    if not complete:
-        sys.exit(130)
-    if any(row.error for row in rows):
-        sys.exit(1)
+    with run.measuring(), work_directory() as work:
+        with run.preparing():
+            systems = systems_of(chosen, run.version, peer_env, peer_seconds)
+        measure_sizes(systems, members, rounds, seed, work, rows, run)
+    method = {"processes": PROCESSES, "pause_seconds": PAUSE, "peer_seconds": peer_seconds}
+    records = {**method, "rows": [record_of(row) for row in rows]}
+    run.finish(table_of(rows), records, failed=any(row.error for row in rows))
 
 
-def run(
+def measure_sizes(
     systems: Sequence[System],
     sizes: Sequence[int],
     rounds: int,
     seed: int,
     work: Path,
     rows: list[Row],
-    console: Console,
+    run: BenchmarkRun,
 ) -> None:
     """Measure one size after the other, and show how far each is."""
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, TextColumn("{task.fields[last]}"), console=console, refresh_per_second=2) as progress:
+    with run.progress() as progress:
         for size in sizes:
             these = [Row(system.name, system.version, size, rounds) for system in systems]
             rows += these
@@ -381,8 +336,7 @@ def run(
             for row in these:
                 progress.update(tasks[row.system], last="failed" if row.error else "done")
                 progress.stop_task(tasks[row.system])
-                if not console.is_terminal:
-                    console.print(f"{size} members, {row.system}: {len(row.samples)} of {rounds} rounds", markup=False)
+                run.note(f"{size} members, {row.system}: {len(row.samples)} of {rounds} rounds")
 
 
 if __name__ == "__main__":

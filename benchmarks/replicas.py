@@ -9,28 +9,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 from rich import box
-from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Group
+from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
-from harness import peers, provenance, results
-from harness.processes import become_subreaper, end_descendants, interrupt_once
+from harness import provenance
+from harness.command import (
+    BenchmarkRun,
+    deadline_option,
+    find_peer,
+    json_option,
+    names_option,
+    peer_env_option,
+    work_dir_option,
+    work_directory,
+)
 from harness.replica_groups import REPLICAS, SETTLE, Row, Sample, SeamarkFleet, SuiteFleet, TorchftFleet, measure
 from harness.summary import Summary, duration
 
 SYSTEMS = ("seamark", "suite", "torchft")
 FULL = {"kills": 50, "peer_kills": 5}
 QUICK = {"kills": 3, "peer_kills": 1}
-WIDTH_OF_FILES = 110  # columns of the output that goes to no terminal
 PHASES = ("published", "asked", "answered", "group", "reduced", "commit")
 
 NOTES = f"""\
@@ -59,18 +64,8 @@ Examples:
 """
 
 
-def parse_systems(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    """Split `--systems` at its commas."""
-    chosen = tuple(name.strip() for name in value.split(","))
-    if unknown := set(chosen) - set(SYSTEMS):
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(SYSTEMS)}")
-    return chosen
-
-
-def seamark_rows(chosen: Sequence[str], kills: int) -> list[Row]:
+def seamark_rows(chosen: Sequence[str], version: str, kills: int) -> list[Row]:
     """Seamark without and with its agents."""
-    commit = provenance.commit()
-    version = str(commit["commit"])[:9] + (" and changes" if commit["dirty"] else "")
     rows = {"seamark": Row("seamark", version, SeamarkFleet, kills)}
     rows["suite"] = Row("seamark, suite", version, SuiteFleet, kills)
     return [row for name, row in rows.items() if name in chosen]
@@ -78,14 +73,10 @@ def seamark_rows(chosen: Sequence[str], kills: int) -> list[Row]:
 
 def torchft_rows(kills: int, environment: Path) -> list[Row]:
     """torchft at its defaults, and with the two settings of its lighthouse that decide on the figure."""
-    error = ""
-    try:
-        peer = peers.ensure(environment, "torchft", "torchft")
-    except peers.PeerUnavailable as reason:
-        peer, error = peers.Peer(environment, "not installed"), str(reason)
+    peer, why = find_peer(environment, "torchft", "torchft")
 
     def row(name: str, *options: str) -> Row:
-        return Row(name, peer.version, lambda directory: TorchftFleet(directory, peer, options), kills, error=error)
+        return Row(name, peer.version, lambda directory: TorchftFleet(directory, peer, options), kills, error=why)
 
     return [
         row("torchft"),
@@ -94,23 +85,9 @@ def torchft_rows(kills: int, environment: Path) -> list[Row]:
     ]
 
 
-@contextmanager
-def work_directory(kept: Path | None) -> Iterator[Path]:
-    """A new directory below `kept`, or a temporary one that is removed at the end."""
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield Path(tempfile.mkdtemp(prefix="run-", dir=kept.resolve()))
-        return
-    # Short, for the sockets below it: the path of a unix socket ends at 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        yield Path(directory)
-
-
-def run_rows(rows: Sequence[Row], work: Path, seed: int, deadline: float, console: Console) -> None:
+def run_rows(rows: Sequence[Row], work: Path, seed: int, deadline: float, run: BenchmarkRun) -> None:
     """Measure one row after the other, and show how far each is."""
-    name_and_bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    last = TextColumn("{task.fields[last]}")
-    with Progress(*name_and_bar, last, console=console, refresh_per_second=4) as progress:
+    with run.progress() as progress:
         for index, row in enumerate(rows):
             if row.error:
                 continue
@@ -124,8 +101,7 @@ def run_rows(rows: Sequence[Row], work: Path, seed: int, deadline: float, consol
             measure(row, directory, seed, deadline, on_sample)
             progress.stop_task(task)
             progress.update(task, last="failed" if row.error else "done")
-            if not console.is_terminal:
-                console.print(f"{row.system}: {len(row.samples)} of {row.kills} kills", markup=False)
+            run.note(f"{row.system}: {len(row.samples)} of {row.kills} kills")
 
 
 def shown(seconds: float, deadline: float) -> str:
@@ -210,14 +186,7 @@ def record_of(row: Row) -> dict[str, object]:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option(
-    "--systems",
-    "chosen",
-    default=",".join(SYSTEMS),
-    show_default=True,
-    callback=parse_systems,
-    help="Systems to run, by commas.",
-)
+@names_option("--systems", "chosen", SYSTEMS, "Systems to run")
 @click.option("--kills", type=click.IntRange(1), show_default=str(FULL["kills"]), help="Kills in each row of Seamark.")
 @click.option(
     "--peer-kills",
@@ -227,26 +196,10 @@ def record_of(row: Row) -> dict[str, object]:
 )
 @click.option("--quick", is_flag=True, help="Few kills: 3 in each row of Seamark, 1 in each row of torchft.")
 @click.option("--seed", default=0, show_default=True, help="Decides on victims and on the pauses between kills.")
-@click.option(
-    "--deadline",
-    type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    show_default=True,
-    help="Seconds after which a kill counts as missed.",
-)
-@click.option(
-    "--peer-env",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=lambda: peers.default_directory().with_name("torchft"),
-    show_default="in the user's cache directory",
-    help="Virtual environment of torchft, made when missing.",
-)
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a result file.")
-@click.option(
-    "--work-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Keep logs and reports below here.",
-)
+@deadline_option
+@peer_env_option("torchft")
+@json_option
+@work_dir_option
 def main(
     chosen: tuple[str, ...],
     kills: int | None,
@@ -265,36 +218,18 @@ def main(
     """
     counts = QUICK if quick else FULL
     kills, peer_kills = kills or counts["kills"], peer_kills or counts["peer_kills"]
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
-    become_subreaper()
-    interrupt_once()
-    result: dict[str, object] = {}
+    run = BenchmarkRun("replicas", seed, json_path)
     rows: list[Row] = []
-    complete = False
-    try:
-        with console.status("looking at the machine, preparing the environments"):
-            result |= results.opening("replicas", seed)
-            result["slowest_reverse_lookup_seconds"] = provenance.slowest_reverse_lookup()
-            rows += seamark_rows(chosen, kills)
+    with run.measuring(), work_directory(work_dir) as work:
+        with run.preparing():
+            run.facts["slowest_reverse_lookup_seconds"] = provenance.slowest_reverse_lookup()
+            rows += seamark_rows(chosen, run.version, kills)
             rows += torchft_rows(peer_kills, peer_env) if "torchft" in chosen else []
-        with work_directory(work_dir) as work:
-            try:
-                run_rows(rows, work, seed, deadline, console)
-            finally:
-                end_descendants()
-        complete = True
-    except KeyboardInterrupt as interrupt:
-        end_descendants()
-        console.print(f"Interrupted by {interrupt}: the table holds what was measured until then.")
-    console.print(table_of(rows, deadline))
+        run_rows(rows, work, seed, deadline, run)
     if work_dir is None and any(row.error for row in rows):
-        console.print("Run again with --work-dir DIR to keep the logs.")
-    if json_path is not None:
-        method = {"settle_seconds": SETTLE, "deadline_seconds": deadline, "replicas": REPLICAS}
-        records = {"rows": [record_of(row) for row in rows]}
-        results.write(json_path, result | results.closing(complete) | method | records)
-        console.print(f"Result file: {json_path}")
-    sys.exit(0 if complete else 130)
+        run.console.print("Run again with --work-dir DIR to keep the logs.")
+    method = {"settle_seconds": SETTLE, "deadline_seconds": deadline, "replicas": REPLICAS}
+    run.finish(table_of(rows, deadline), {**method, "rows": [record_of(row) for row in rows]})
 
 
 if __name__ == "__main__":

@@ -6,27 +6,29 @@ made to raise or are killed. README.md has the method, `--help` the options.
 
 from __future__ import annotations
 
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
-from harness import peers, provenance, results, systems
-from harness.processes import become_subreaper, end_descendants, interrupt_once
+from harness import provenance, systems
+from harness.command import (
+    BenchmarkRun,
+    deadline_option,
+    find_peer,
+    json_option,
+    names_option,
+    peer_env_option,
+    work_dir_option,
+    work_directory,
+)
 from harness.restart_table import record_of, shown, table_of
 from harness.restarts import SETTLE, Row, Sample, Scenario, measure
 
 SYSTEMS = ("seamark", "torchrun", "nvrx")
 FULL = {"exceptions": 200, "kills": 50, "peer_faults": 5}
 QUICK = {"exceptions": 5, "kills": 3, "peer_faults": 1}
-
-WIDTH_OF_FILES = 110  # columns of the output that goes to no terminal
 
 STALLED_LOOK_UP = 0.1  # seconds
 STALLED = """\
@@ -41,14 +43,6 @@ Examples:
   python benchmarks/restart.py --systems seamark     without the peers
   python benchmarks/restart.py --systems torchrun,nvrx --peer-faults 20
 """
-
-
-def parse_systems(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    """Split `--systems` at its commas."""
-    chosen = tuple(name.strip() for name in value.split(","))
-    if unknown := set(chosen) - set(SYSTEMS):
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(SYSTEMS)}")
-    return chosen
 
 
 def seamark_version() -> str:
@@ -81,11 +75,8 @@ def torchrun_rows(faults: int) -> list[Row]:
 
 def nvrx_rows(faults: int, environment: Path) -> list[Row]:
     """nvidia-resiliency-ext: its wrapper, which brings no dead rank back, and its launcher, which does."""
-    error = None
-    try:
-        peer = peers.ensure(environment, "nvidia-resiliency-ext", "nvidia_resiliency_ext.inprocess")
-    except peers.PeerUnavailable as reason:
-        peer, error = peers.Peer(environment, "not installed"), str(reason)
+    peer, why = find_peer(environment, "nvidia-resiliency-ext", "nvidia_resiliency_ext.inprocess")
+    error = why or None
     wrapper, launcher = systems.nvrx_inprocess(peer), systems.nvrx_launcher(peer)
     survivors, all_but_its_store = systems.RANKS - 1, range(1, systems.RANKS)
     return [
@@ -95,23 +86,9 @@ def nvrx_rows(faults: int, environment: Path) -> list[Row]:
     ]
 
 
-@contextmanager
-def work_directory(kept: Path | None) -> Iterator[Path]:
-    """A new directory below `kept`, or a temporary one that is removed at the end."""
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield Path(tempfile.mkdtemp(prefix="run-", dir=kept.resolve()))
-        return
-    # Short, for the sockets below it: the path of a unix socket ends at 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        yield Path(directory)
-
-
-def run_rows(rows: list[Row], work: Path, seed: int, deadline: float, console: Console) -> None:
+def run_rows(rows: list[Row], work: Path, seed: int, deadline: float, run: BenchmarkRun) -> None:
     """Measure one row after the other, and show how far each is."""
-    name_and_bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    last = TextColumn("{task.fields[last]}")
-    with Progress(*name_and_bar, last, console=console, refresh_per_second=4) as progress:
+    with run.progress() as progress:
         for index, row in enumerate(rows):
             if row.error:
                 continue
@@ -127,19 +104,11 @@ def run_rows(rows: list[Row], work: Path, seed: int, deadline: float, console: C
             measure(row, directory, seed, deadline, on_sample)
             progress.stop_task(task)
             progress.update(task, last="failed" if row.error else "done")
-            if not console.is_terminal:
-                console.print(f"{name}: {len(row.samples)} of {scenario.faults} faults", markup=False)
+            run.note(f"{name}: {len(row.samples)} of {scenario.faults} faults")
 
 
 @click.command(epilog=EXAMPLES)
-@click.option(
-    "--systems",
-    "chosen",
-    default=",".join(SYSTEMS),
-    show_default=True,
-    callback=parse_systems,
-    help="Systems to run, by commas.",
-)
+@names_option("--systems", "chosen", SYSTEMS, "Systems to run")
 @click.option(
     "--exceptions",
     type=click.IntRange(1),
@@ -160,31 +129,10 @@ def run_rows(rows: list[Row], work: Path, seed: int, deadline: float, console: C
 )
 @click.option("--quick", is_flag=True, help="Few faults: 5 exceptions, 3 kills, 1 in each row of a peer.")
 @click.option("--seed", default=0, show_default=True, help="Decides on victims and pauses between faults.")
-@click.option(
-    "--deadline",
-    type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    show_default=True,
-    help="Seconds after which a fault counts as missed.",
-)
-@click.option(
-    "--peer-env",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=peers.default_directory,
-    show_default="in the user's cache directory",
-    help="Virtual environment of nvidia-resiliency-ext, made when missing.",
-)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a result file.",
-)
-@click.option(
-    "--work-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Keep logs and reports below here.",
-)
+@deadline_option
+@peer_env_option("nvidia-resiliency-ext")
+@json_option
+@work_dir_option
 def main(
     chosen: tuple[str, ...],
     exceptions: int | None,
@@ -205,41 +153,22 @@ def main(
     counts = QUICK if quick else FULL
     exceptions, kills = exceptions or counts["exceptions"], kills or counts["kills"]
     peer_faults = peer_faults or counts["peer_faults"]
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
-    become_subreaper()
-    interrupt_once()
-    result: dict[str, object] = {}
+    run = BenchmarkRun("restart", seed, json_path)
     rows: list[Row] = []
-    complete, look_up = False, 0.0
-    try:
-        with console.status("looking at the machine, preparing the environments"):
-            result |= results.opening("restart", seed)
-            look_up = provenance.slowest_reverse_lookup()
-            result["slowest_reverse_lookup_seconds"] = look_up
+    with run.measuring(), work_directory(work_dir) as work:
+        with run.preparing():
+            look_up = run.facts["slowest_reverse_lookup_seconds"] = provenance.slowest_reverse_lookup()
             rows += seamark_rows(exceptions, kills) if "seamark" in chosen else []
             rows += torchrun_rows(peer_faults) if "torchrun" in chosen else []
             rows += nvrx_rows(peer_faults, peer_env) if "nvrx" in chosen else []
+        if look_up > STALLED_LOOK_UP:
+            run.console.print(STALLED.format(look_up), style="yellow")
         rows.sort(key=lambda row: (row.scenario.fault, row.scenario.world_after))
-        with work_directory(work_dir) as work:
-            try:
-                run_rows(rows, work, seed, deadline, console)
-            finally:
-                end_descendants()
-        complete = True
-    except KeyboardInterrupt as interrupt:
-        end_descendants()
-        console.print(f"Interrupted by {interrupt}: the table holds what was measured until then.")
-    console.print(table_of(rows, deadline))
-    if look_up > STALLED_LOOK_UP:
-        console.print(STALLED.format(look_up), style="yellow")
+        run_rows(rows, work, seed, deadline, run)
     if work_dir is None and any(row.error for row in rows):
-        console.print("Run again with --work-dir DIR to keep the logs.")
-    if json_path is not None:
-        method = {"settle_seconds": SETTLE, "deadline_seconds": deadline, "ranks": systems.RANKS}
-        records = {"rows": [record_of(row) for row in rows]}
-        results.write(json_path, result | results.closing(complete) | method | records)
-        console.print(f"Result file: {json_path}")
-    sys.exit(0 if complete else 130)
+        run.console.print("Run again with --work-dir DIR to keep the logs.")
+    method = {"settle_seconds": SETTLE, "deadline_seconds": deadline, "ranks": systems.RANKS}
+    run.finish(table_of(rows, deadline), {**method, "rows": [record_of(row) for row in rows]})
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ class Peer:
         return str(self.python.parent / name)
 
 
-def default_directory() -> Path:
-    """Where the environment of nvidia-resiliency-ext is kept between runs."""
+def default_directory(package: str) -> Path:
+    """Where the environment of a package is kept between runs."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "seamark" / "bench" / "nvrx"
+    return Path(cache) / "seamark" / "bench" / package
 
 
 def _run(*arguments: str) -> str:
