@@ -20,7 +20,7 @@ from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS
 from seamark.listening import Delivery, EventsLost, Listening
 from seamark.protocol.codec import ProtocolError, decode, encode
 from seamark.protocol.messages import Event, EventBeat, Message, Snapshot, SnapshotRequest
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.sockets import check_address, make_socket, receive
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ REPEAT_INTERVAL = 1.0
 """Seconds after which a snapshot that did not come is asked for again."""
 PING_MS, PING_TIMEOUT_MS = 1_000, 5_000
 """A subscriber never sends, so nothing else would tell it that the lighthouse's host is gone from the network."""
-DRAIN_LIMIT = 256
 LOG_INTERVAL = 60.0
 """Seconds between two log lines about unreadable frames."""
 
@@ -222,10 +221,13 @@ class FailureListener:
             poller.register(source, zmq.POLLIN)
         repeat_at = time.monotonic() + REPEAT_INTERVAL
         while not self._closing:
-            poller.poll(max(0, int((repeat_at - time.monotonic()) * 1_000) + 1))
+            # One message and another look: asking a socket that has none raises, which costs more than to look.
+            ready = [source for source, _ in poller.poll(max(0, int((repeat_at - time.monotonic()) * 1_000) + 1))]
             # Snapshots first: an event that was read before one makes it a thing of the past.
-            self._drain(self._requests, prefix=0)
-            self._drain(self._events, prefix=1)
+            if self._requests in ready:
+                self._read(receive(self._requests))
+            elif self._events in ready:
+                self._read((receive(self._events) or [])[1:])
             if not self._ready and self._core.ready:
                 with self._changed:
                     self._ready = True
@@ -234,23 +236,18 @@ class FailureListener:
                 repeat_at = time.monotonic() + REPEAT_INTERVAL
                 self._ask(self._core.wanted)
 
-    def _drain(self, socket: zmq.Socket[Any], *, prefix: int) -> None:
-        for _ in range(DRAIN_LIMIT):
-            if self._closing:
-                return
-            try:
-                frames: list[bytes] = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                message = decode(frames[prefix:])
-            except ProtocolError as error:
-                self._unreadable(error)
-                continue
-            if isinstance(message, Event | Snapshot | EventBeat):
-                heard = self._core.take(message)
-                self._ask(heard.ask)
-                self._deliver(heard.deliver)
+    def _read(self, frames: list[bytes] | None) -> None:
+        if frames is None:
+            return
+        try:
+            message = decode(frames)
+        except ProtocolError as error:
+            self._unreadable(error)
+            return
+        if isinstance(message, Event | Snapshot | EventBeat):
+            heard = self._core.take(message)
+            self._ask(heard.ask)
+            self._deliver(heard.deliver)
 
     def _ask(self, jobs: Iterable[str]) -> None:
         for job in jobs:

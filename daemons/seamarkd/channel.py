@@ -21,6 +21,7 @@ import zmq
 
 from seamark.protocol.codec import ProtocolError, Reason, decode, encode
 from seamark.protocol.messages import Message, Refused
+from seamark.protocol.sockets import receive
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +155,8 @@ class Channel:
         for taken in range(DRAIN_LIMIT):
             if self._closed:
                 return taken
-            try:
-                frames = self.socket.recv_multipart(_NOBLOCK)
-            except zmq.Again:
+            frames = receive(self.socket)
+            if frames is None:
                 return taken
             prefix = frames.pop(0) if self._prefixed and frames else b""
             try:

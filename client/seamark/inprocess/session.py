@@ -39,7 +39,7 @@ from seamark.protocol.messages import (
     Timeline,
     WorkerHello,
 )
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.sockets import check_address, make_socket, receive
 
 log = logging.getLogger(__name__)
 
@@ -222,11 +222,7 @@ class Session:
             )
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
-        while True:
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while (frames := receive(socket)) is not None:
             try:
                 message = decode(frames)
             except ProtocolError as error:

@@ -28,6 +28,7 @@ CONNECT_MS = 1_000
 KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 1, zmq.TCP_KEEPALIVE_INTVL: 1, zmq.TCP_KEEPALIVE_CNT: 2}
 """For who only listens and has nothing unacknowledged: silent for a second, asked twice, a second apart."""
 IPC_PATH_LIMIT = 107
+_NOBLOCK = int(zmq.NOBLOCK)
 
 
 def make_socket(context: zmq.Context[Any], kind: int, *, identity: bytes | None = None) -> zmq.Socket[Any]:
@@ -56,6 +57,26 @@ def make_socket(context: zmq.Context[Any], kind: int, *, identity: bytes | None 
     if identity is not None:
         socket.setsockopt(zmq.IDENTITY, identity)
     return socket
+
+
+def receive(socket: zmq.Socket[Any]) -> list[bytes] | None:
+    """The frames of the next message; None if none waits.
+
+    By frame objects, which know whether another follows: ``recv_multipart()`` asks the socket, at twice to three
+    times the whole price.
+
+    Raises:
+        zmq.ZMQError: the socket can't be read.
+    """
+    try:
+        frame = socket.recv(_NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    frames = [frame.bytes]
+    while frame.more:
+        frame = socket.recv(_NOBLOCK, copy=False)
+        frames.append(frame.bytes)
+    return frames
 
 
 def check_address(address: str) -> str:

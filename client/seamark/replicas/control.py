@@ -13,7 +13,7 @@ import zmq
 
 from seamark.protocol.codec import ProtocolError, decode, encode
 from seamark.protocol.messages import Message
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.sockets import check_address, make_socket, receive
 from seamark.replicas.core import Effect, ManagerCore, Reconnect, Settings, ToLighthouse, ToRank
 
 log = logging.getLogger(__name__)
@@ -98,11 +98,7 @@ class Control:
 
     def _receive(self, poller: zmq.Poller) -> None:
         for source in (self._door, self._lighthouse):
-            while True:
-                try:
-                    frames = source.recv_multipart(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
+            while (frames := receive(source)) is not None:
                 route = frames.pop(0) if source is self._door else b""
                 try:
                     message = decode(frames)

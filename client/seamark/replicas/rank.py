@@ -20,7 +20,7 @@ import zmq
 
 from seamark.protocol.codec import ProtocolError, decode, encode
 from seamark.protocol.messages import FailureEvent, Message, RankQuorum, Refused
-from seamark.protocol.sockets import make_socket
+from seamark.protocol.sockets import make_socket, receive
 
 log = logging.getLogger(__name__)
 
@@ -151,11 +151,7 @@ class RankSession:
 
     def _receive(self, socket: zmq.Socket[Any]) -> bool:
         heard = False
-        while True:
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return heard
+        while (frames := receive(socket)) is not None:
             try:
                 message = decode(frames)
             except ProtocolError as error:
@@ -169,3 +165,4 @@ class RankSession:
                 if isinstance(message, RankQuorum):
                     self.lost.clear()  # what was lost before this quorum and is in it came back
                 self._answers.put(message)
+        return heard
