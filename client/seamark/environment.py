@@ -31,6 +31,7 @@ class WorkerEnvironment:
     incarnation: str
     generation: int
     node: str
+    rank: int
     world_size: int
 
     @classmethod
@@ -48,6 +49,7 @@ class WorkerEnvironment:
                 incarnation=environ[INCARNATION],
                 generation=int(environ[GENERATION]),
                 node=environ.get(NODE, ""),
+                rank=int(environ["RANK"]),
                 world_size=int(environ["WORLD_SIZE"]),
             )
         except KeyError as error:
@@ -56,4 +58,4 @@ class WorkerEnvironment:
                 "or use Wrapper(enabled=False) to run it as it is"
             ) from None
         except ValueError as error:
-            raise MissingEnvironmentError(f"{GENERATION} and WORLD_SIZE must be whole numbers: {error}") from None
+            raise MissingEnvironmentError(f"{GENERATION}, RANK and WORLD_SIZE must be whole numbers: {error}") from None

@@ -35,6 +35,7 @@ _SIGNATURE = _MAGIC << 8 | _VERSION
 # The word of each field. A new field takes a new word; a changed meaning takes a new _VERSION.
 _SIGNED, _OWNER, _INCARNATION, _PINGS, _ITERATION, _STEP, _CHECKPOINT, _WRAPPED, _GOODBYE = range(9)
 _CANARIES = range(9, 9 + MAX_CANARIES)
+_DISCARDED = 13
 
 # Room for the thread-local storage of the libraries that torch brings; only what is touched becomes resident.
 _CANARY_STACK_BYTES = 128 * 1024
@@ -167,6 +168,15 @@ class ProgressPage:
     @wrapped.setter
     def wrapped(self, value: bool) -> None:
         self._words[_WRAPPED] = value
+
+    @property
+    def discarded(self) -> bool:
+        """Whether the job's rank assignment dropped this worker: its end is nobody's failure."""
+        return self._words[_DISCARDED] != 0
+
+    @discarded.setter
+    def discarded(self, value: bool) -> None:
+        self._words[_DISCARDED] = value
 
     # -- what the agent reads --------------------------------------------------------------------------------
 

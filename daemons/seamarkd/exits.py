@@ -10,6 +10,11 @@ ABORT_EXIT_CODE = 130
 """A worker that ended by RestartAbort: the job is to end, nobody is to be restarted."""
 
 
+def discarded_cause(status: int) -> Cause:
+    """The cause of the end of a worker that the job's own rank assignment had dropped."""
+    return Cause(kind="discarded", status=status, text="dropped by the job's rank assignment")
+
+
 def exit_cause(status: int) -> Cause:
     """The cause that an exit status tells: an exit code, or minus the number of a signal."""
     if status < 0:

@@ -17,6 +17,7 @@ from seamark.protocol.messages import (
     EventBeat,
     Failure,
     FailureEvent,
+    JobAborted,
     JobSpec,
     Join,
     LastQuorum,
@@ -45,6 +46,7 @@ from seamark.protocol.messages import (
     WorkerStarted,
 )
 from seamarkd.agent.core import (
+    ABORT_PATIENCE,
     RESEND_INTERVAL,
     Agent,
     Effect,
@@ -276,6 +278,30 @@ def test_stopping_is_answered_when_it_is_done(final: bool) -> None:
     assert to_lighthouse(bench.exit(-15), MemberLost) == []
     assert to_coordinator(bench.agent.stopped("job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
     assert ("job" in bench.agent.jobs) is not final
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_workers_of_an_aborted_job_are_told_before_they_are_stopped(wrapped: bool) -> None:
+    bench = Bench(wrapped=wrapped)
+    order = StopWorkers(9, "job", 0, 5.0, True, "the data is poisoned")
+    effects = bench.agent.from_coordinator(NOW, order)
+    told = [one.message for one in effects if isinstance(one, TellWorkers)]
+    (stop,) = [one for one in effects if isinstance(one, StopJobHere)]
+    if wrapped:
+        assert told == [JobAborted("job", "the data is poisoned")]
+        assert stop == StopJobHere("job", 0, 5.0, True, ABORT_PATIENCE)
+    else:
+        assert (told, stop.patience) == ([], 0.0), "who does not listen would be waited for in vain"
+
+
+def test_a_worker_that_the_assignment_dropped_is_lost_without_a_replacement() -> None:
+    bench = Bench()
+    effects = bench.agent.exited(NOW, "job", "i0", 1, NOW, "/log", ["tail"], discarded=True)
+    assert started(effects) == []
+    (lost,) = to_lighthouse(effects, MemberLost)
+    assert (lost.cause.kind, lost.replacement) == ("discarded", "")
+    (exited,) = to_coordinator(effects, WorkerExited)
+    assert (exited.discarded, exited.charged) == (True, 0)
 
 
 def test_an_order_to_stop_that_comes_again_is_carried_out_once() -> None:

@@ -47,14 +47,14 @@ KILLED = Cause(kind="signal", status=9, text="killed by SIGKILL")
 class Bench:
     """A group of four on one node, its clock, and everything it said."""
 
-    def __init__(self) -> None:
+    def __init__(self, min_members: int = WORLD) -> None:
         self.now = 100.0
         self.said: list[Effect] = []
         self.request = 0
         self.incarnations = {member: f"{member}#0" for member in members()}
         self.last = dict.fromkeys(members(), -1)
         self.group = Group("job", RANKS, EventLog("job", 1), 1 << 32, lambda node: self.now)
-        self.do(self.group.set_roster(self.now, roster(0)))
+        self.do(self.group.set_roster(self.now, roster(0, min_members=min_members)))
         for member in members():
             self.start(member)
 
@@ -124,7 +124,7 @@ def members() -> list[str]:
     return [f"job/{rank}" for rank in range(WORLD)]
 
 
-def roster(generation: int, base: int = -1) -> Roster:
+def roster(generation: int, base: int = -1, min_members: int = WORLD) -> Roster:
     spec = JobSpec(
         name="job",
         argv=["train.py"],
@@ -141,7 +141,9 @@ def roster(generation: int, base: int = -1) -> Roster:
         log_dir="/tmp",
     )
     slots = [Slot(member, rank, rank, "n0", 0) for rank, member in enumerate(members())]
-    return Roster(1, "job", generation, "replace", WORLD, slots, STORE, "127.0.0.1", 29500, base, 30.0, 120.0, 3, spec)
+    return Roster(
+        1, "job", generation, "replace", min_members, slots, STORE, "127.0.0.1", 29500, base, 30.0, 120.0, 3, spec
+    )
 
 
 @pytest.fixture
@@ -620,3 +622,26 @@ def test_an_answer_lost_with_the_lighthouse_that_gave_it_starts_a_new_iteration(
     assert event.failure.iteration == 5
     anew.join(0, 1, 3)
     assert [one.iteration for one in anew.published(QuorumEvent)] == [6]
+
+
+def test_who_was_dropped_by_the_assignment_ends_without_an_incident_and_is_not_waited_for() -> None:
+    bench = Bench()
+    bench.join(0, 1, 2, 3)
+    bench.complete(0, 1, 2)
+    assert not bench.sent(Completed)
+    report = MemberLost(0, "job", 0, "job/3", "job/3#0", Cause(kind="discarded", status=1), -1.0, bench.now, "exit")
+    bench.do(bench.group.lost(bench.now, report))
+    assert bench.published(FailureEvent) == []
+    told = [one.member for message in bench.sent(Completed) for one in message.recipients]
+    assert sorted(told) == ["job/0", "job/1", "job/2"]
+
+
+def test_who_was_dropped_by_the_assignment_is_not_expected_in_the_next_quorum() -> None:
+    bench = Bench(min_members=3)
+    bench.join(0, 1, 2, 3)
+    report = MemberLost(0, "job", 0, "job/3", "job/3#0", Cause(kind="discarded", status=1), -1.0, bench.now, "exit")
+    bench.do(bench.group.lost(bench.now, report))
+    bench.fault(1, OWN)
+    bench.join(0, 1, 2)
+    assert [one.member for one in bench.sent(QuorumAnswer)[-1].members] == ["job/0", "job/1", "job/2"]
+    assert bench.group.iteration == 1

@@ -65,14 +65,15 @@ def spec(**changes: object) -> JobSpec:
 
 
 class Bench:
-    """A coordinator with one node, and what it said last."""
+    """A coordinator with its nodes, and what it said last."""
 
-    def __init__(self, **changes: object) -> None:
+    def __init__(self, nodes: int = 1, **changes: object) -> None:
         self.core = Coordinator(1)
         self.now = 0.0
         self.spec = spec(**changes)
         self.said: list[Effect] = []
-        self.hello()
+        for node in range(nodes):
+            self.hello(f"n{node}")
         self.submit()
 
     @property
@@ -106,7 +107,9 @@ class Bench:
             incarnation = f"g{generation}r{rank}"
             self.send(WorkerStarted(0, "job", generation, f"job/{rank}", incarnation, 100 + rank, 0.0, ""))
 
-    def exit(self, rank: int, status: int, *, replacement: str = "", completed: bool = False) -> list[Effect]:
+    def exit(
+        self, rank: int, status: int, *, replacement: str = "", completed: bool = False, discarded: bool = False
+    ) -> list[Effect]:
         process = self.job.processes[f"job/{rank}"]
         effects = self.send(
             WorkerExited(
@@ -123,6 +126,7 @@ class Bench:
                 "/log",
                 ["last words"],
                 1 if replacement else 0,
+                discarded,
             )
         )
         if replacement:
@@ -463,3 +467,29 @@ def test_what_happened_while_it_was_away_is_learned_from_a_snapshot_once(heard_l
         assert (bench.job.iteration, bench.job.restarts) == (1, 1)
         assert [(one.iteration, one.next_iteration) for one in bench.job.incidents.incidents] == [(0, 1)]
         restarted(bench)
+
+
+def test_a_job_ends_well_without_the_ranks_that_its_assignment_dropped() -> None:
+    bench = Bench(nodes=2, nproc_per_node=1, min_nodes=1, max_nodes=2)
+    bench.run()
+    bench.exit(1, 1, discarded=True)
+    assert (bench.job.state, bench.job.process_restarts) == ("RUNNING", 0)
+    bench.exit(0, 0, completed=True)
+    assert bench.job.outcome == "SUCCEEDED"
+    assert bench.job.result == "1 of 2 ranks completed, 1 were discarded by its rank assignment"
+
+
+def test_a_job_of_which_too_few_ranks_are_left_fails_and_says_why() -> None:
+    bench = Bench()
+    bench.run()
+    bench.exit(1, 1, discarded=True)
+    assert bench.job.outcome == "FAILED"
+    assert bench.job.result == "the job's rank assignment discarded rank 1: 1 ranks are left, fewer than 2"
+
+
+def test_an_abort_travels_with_the_order_to_stop() -> None:
+    bench = Bench()
+    bench.run()
+    said = bench.send(AbortJob("job", "job/1", "g0r1", "the data is poisoned"))
+    (stop,) = bench.told(StopWorkers, said)
+    assert stop.abort == "rank 1 asked for the end of the job: the data is poisoned"

@@ -13,6 +13,18 @@ class MissingEnvironmentError(RestartError):
     """The process was not started by Seamark; the sentence says how to start it."""
 
 
+class HealthCheckError(RestartError):
+    """A health check failed: this rank leaves the job."""
+
+
+class TimeoutError(RestartError):
+    """A part of a restart took longer than it may."""
+
+
+class RankDiscarded(RestartError):
+    """The rank assignment dropped this rank: it leaves the job, which goes on without it."""
+
+
 class StaleMemberError(RestartError):
     """This process has been replaced, or its job has ended: it must end."""
 

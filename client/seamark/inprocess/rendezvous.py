@@ -37,7 +37,7 @@ class EnvRendezvous:
     def _rendezvous(self, url: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
         if self._state is None or self._store is None:
             raise RuntimeError("init_process_group() outside the function that seamark.Wrapper wraps")
-        yield self._store, self._state.rank, self._state.world_size
+        yield self._store, self._state.active_rank, self._state.active_world_size
         raise RuntimeError("an iteration's rendezvous happens once; a restart is a new iteration")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import zmq
 
 from seamark.environment import WorkerEnvironment
-from seamark.inprocess.exceptions import StaleMemberError
+from seamark.inprocess.exceptions import RestartAbort, StaleMemberError
 from seamark.protocol.codec import ProtocolError, decode, encode
 from seamark.protocol.messages import (
     RANKS,
@@ -27,6 +27,7 @@ from seamark.protocol.messages import (
     Complete,
     Completed,
     FailureEvent,
+    JobAborted,
     Join,
     MemberFaulted,
     MemberStuck,
@@ -48,7 +49,8 @@ REPEAT_INTERVAL = 1.0
 POLL_MS = 250
 FLUSH_TIMEOUT = 2.0
 
-Answer = QuorumAnswer | QuorumReset | Completed | Refused
+EVERY_ITERATION = 2**53
+Answer = QuorumAnswer | QuorumReset | Completed | Refused | JobAborted
 
 
 class Session:
@@ -70,17 +72,20 @@ class Session:
         self._request = 0
         self._closing = False
         self._ended_iteration: int | None = None
+        self.aborted: str | None = None
+        """Why somebody ended the whole job; None while nobody has."""
         self._address = check_address(environment.address)
         self._thread = threading.Thread(target=self._serve, name="seamark-monitor", daemon=True)
         self._thread.start()
 
     # --- main thread ---------------------------------------------------------------------------------------
 
-    def join(self, last: QuorumAnswer | None, *, after_fault: bool) -> QuorumAnswer | None:
+    def join(self, last: QuorumAnswer | None, keys: dict[str, str], *, after_fault: bool) -> QuorumAnswer | None:
         """Waits for the next quorum, however often the wait is reset.
 
         Args:
             last: the last quorum that this process was in.
+            keys: what the other members are to know of this one.
             after_fault: the members' state is suspect, so that the quorum gets a new id even with equal members.
 
         Returns:
@@ -88,6 +93,7 @@ class Session:
 
         Raises:
             StaleMemberError: this process has been replaced.
+            RestartAbort: somebody ended the job.
         """
         while True:
             self._request += 1
@@ -104,6 +110,7 @@ class Session:
                     quorum_id=last.quorum_id if last else 0,
                     quorum_members=[member.member for member in last.members] if last else [],
                     commit_failures=1 if after_fault else 0,
+                    keys=keys,
                 )
             )
             if isinstance(answer, QuorumAnswer):
@@ -155,12 +162,19 @@ class Session:
         self._thread.join()
         os.close(self._wake)
 
+    def check_aborted(self) -> None:
+        """Raises RestartAbort if somebody ended the whole job."""
+        if self.aborted is not None:
+            raise RestartAbort(self.aborted)
+
     def _ask(self, request: Join | Complete) -> Answer:
         self._pending = request
+        self.check_aborted()
         self._post(request)
         answer = self._answers.get()
         if isinstance(answer, Refused):
             raise StaleMemberError(answer.reason)
+        self.check_aborted()
         return answer
 
     def _post(self, message: Message) -> None:
@@ -242,6 +256,12 @@ class Session:
                 mine = self._who.member
                 if any(one.member == mine and self._is_pending(one.request) for one in message.recipients):
                     self._answer(message)
+            case JobAborted():
+                self.aborted = message.reason
+                if self._pending is not None:
+                    self._answer(message)
+                else:
+                    self._end(EVERY_ITERATION)
             case Refused():
                 if message.code in ("STALE_GENERATION", "UNKNOWN_MEMBER") and self._pending is not None:
                     self._answer(message)

@@ -16,17 +16,20 @@ import time
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 from seamark.environment import WorkerEnvironment
 from seamark.inprocess.abort import ProcessGroups
 from seamark.inprocess.cleanup import describe, let_go
-from seamark.inprocess.exceptions import RestartAbort, RestartInterrupt
+from seamark.inprocess.components import ABORT_TIMEOUT, Component, Components
+from seamark.inprocess.exceptions import RankDiscarded, RestartAbort, RestartInterrupt
 from seamark.inprocess.interrupt import DEFAULT_SIGNAL, REPEAT_INTERVAL, Interrupter
+from seamark.inprocess.rank_assignment import Assignment, keys_of
 from seamark.inprocess.rendezvous import EnvRendezvous
 from seamark.inprocess.session import Session
 from seamark.inprocess.spare import SpareStore
-from seamark.inprocess.state import State, assign, export
+from seamark.inprocess.state import Mode, State, export, place
 from seamark.inprocess.stuck import Stillness
 from seamark.progress import worker_page
 from seamark.protocol.messages import QuorumAnswer, Stamps
@@ -75,9 +78,22 @@ class Wrapper:
     The function is called again, from its beginning, when any rank of the job raised or died; it returns once all
     ranks have returned. A parameter annotated ``CallWrapper`` receives the call's handle.
 
+    Components are functions of a ``State``, or a ``Compose`` of several.
+
     Args:
+        initialize: called before the function in every iteration; an exception is a fault, ``RestartAbort`` ends all.
+        abort: called after a fault once the process groups are freed, on a thread; its exceptions are logged.
+        finalize: called when the function has ended by a fault; an exception makes this rank leave the job.
+        health_check: called after ``finalize``; the same.
+        rank_assignment: who takes part, under which rank; a function of ``rank_assignment.Ranks``, which by default
+            closes gaps (``ShiftRanks``).
+        completion: called once the function has returned on all ranks.
+        terminate: called when this rank ends by an exception; its own exceptions are logged.
         enabled: False returns the function untouched.
         interrupt_signal: the signal that interrupts the main thread; it must have no handler yet.
+
+    Raises:
+        TypeError: a component can't be called.
 
     Example:
         >>> @seamark.Wrapper()
@@ -85,7 +101,20 @@ class Wrapper:
         ...     torch.distributed.init_process_group("gloo")
     """
 
-    def __init__(self, *, enabled: bool = True, interrupt_signal: int = DEFAULT_SIGNAL) -> None:
+    def __init__(
+        self,
+        *,
+        initialize: Component | None = None,
+        abort: Component | None = None,
+        finalize: Component | None = None,
+        health_check: Component | None = None,
+        rank_assignment: Assignment | None = None,
+        completion: Component | None = None,
+        terminate: Component | None = None,
+        enabled: bool = True,
+        interrupt_signal: int = DEFAULT_SIGNAL,
+    ) -> None:
+        self.components = Components(initialize, abort, finalize, health_check, completion, terminate, rank_assignment)
         self.enabled = enabled
         self.interrupt_signal = interrupt_signal
 
@@ -94,7 +123,8 @@ class Wrapper:
 
         Raises (when the wrapped function is called):
             RestartError: not under Seamark, not in the main thread, or this process was replaced.
-            RestartAbort: the function asked for the end of the job.
+            RankDiscarded: the rank assignment has dropped this rank.
+            RestartAbort: the function, ``initialize`` or the rank assignment asked for the end of the job.
         """
         if not self.enabled:
             return function
@@ -102,7 +132,7 @@ class Wrapper:
 
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-            with _Restarter(WorkerEnvironment.read(), self.interrupt_signal) as restarter:
+            with _Restarter(WorkerEnvironment.read(), self.components, self.interrupt_signal) as restarter:
                 if parameter is not None:
                     kwargs[parameter] = restarter.call
                 return restarter.run(lambda: function(*args, **kwargs))
@@ -113,8 +143,13 @@ class Wrapper:
 class _Restarter:
     """One call of a wrapped function, through all its iterations."""
 
-    def __init__(self, environment: WorkerEnvironment, interrupt_signal: int) -> None:
+    def __init__(self, environment: WorkerEnvironment, components: Components, interrupt_signal: int) -> None:
         self._who = environment
+        self._components = components
+        self._keys = keys_of(components.assignment, environment.rank, environment.world_size)
+        self._state = State.from_env()
+        self._fn_exception: Exception | None = None
+        self._aborting: tuple[int, threading.Thread | None] = (-1, None)
         self._interrupter = Interrupter(interrupt_signal)
         self._groups = ProcessGroups(self._interrupter.atomic)
         self._rendezvous = EnvRendezvous()
@@ -148,36 +183,70 @@ class _Restarter:
 
     def run(self, function: Callable[[], T]) -> T:
         """Enters the function until an iteration completes on all ranks."""
-        result: Any = None
+        try:
+            return typing.cast(T, self._iterate(function))
+        except BaseException as error:
+            if isinstance(error, RestartAbort) and self._session.aborted is None:
+                self._session.abort_job(error.reason)
+            self._components.terminated(self._state)
+            raise
+
+    def _iterate(self, function: Callable[[], object]) -> object:
         after_fault = False
+        result: object = None
         while True:
             self._stamps["joined"] = time.monotonic()
-            quorum = self._session.join(self._last, after_fault=after_fault)
+            quorum = self._session.join(self._last, self._keys, after_fault=after_fault)
             if quorum is None:
-                return typing.cast(T, result)
+                break
             self._last = quorum
             self._stamps["answered"] = time.monotonic()
+            self._take_place(quorum)
             try:
-                self._enter(quorum)
-                result = self._interrupter.run(quorum.iteration, function)
-                self._report_timeline()
+                if self._state.mode is Mode.ACTIVE:
+                    self._enter(quorum)
+                    result = self._interrupter.run(quorum.iteration, lambda: self._call(function))
+                    self._report_timeline()
                 if self._session.complete(quorum.iteration):
                     self._leave()
                     self._groups.hang_up()
-                    return typing.cast(T, result)
+                    break
             except RestartInterrupt as interrupt:
                 self._after_fault(quorum.iteration, interrupt)
-            except RestartAbort as abort:
-                self._session.abort_job(abort.reason)
-                raise
             except Exception as error:
                 if not self._interrupter.aborted(quorum.iteration):
                     at = time.monotonic()
                     self._session.faulted(quorum.iteration, describe(error), at)
+                    self._fn_exception = error
                 self._after_fault(quorum.iteration, error)
             else:
                 self._after_fault(quorum.iteration, None)
             after_fault = True
+        if self._components.completion is not None:
+            self._components.completion(self._state)
+        return result
+
+    def _call(self, function: Callable[[], object]) -> object:
+        if self._components.initialize is not None:
+            self._components.initialize(self._state)
+        return function()
+
+    def _take_place(self, quorum: QuorumAnswer) -> None:
+        self._state, dropped = place(
+            self._components.assignment,
+            quorum.members,
+            self._who.member,
+            iteration=quorum.iteration,
+            restarts=quorum.restarts,
+            initial_world_size=self._who.world_size,
+            fn_exception=self._fn_exception,
+        )
+        self._fn_exception = None
+        self._page.iteration = self.call.iteration = quorum.iteration
+        self.call.state = self._state
+        if dropped:
+            self._page.discarded = True
+            raise RankDiscarded(f"rank {self._state.initial_rank} leaves the job: {dropped}")
 
     def _enter(self, quorum: QuorumAnswer) -> None:
         from torch.distributed import PrefixStore
@@ -186,22 +255,14 @@ class _Restarter:
         self._groups.hang_up()
         if self._interrupter.aborted(quorum.iteration):
             raise RestartInterrupt
-        state = assign(
-            quorum.members,
-            self._who.member,
-            iteration=quorum.iteration,
-            restarts=quorum.restarts,
-            initial_world_size=self._who.world_size,
-        )
+        state = self._state
         client = self._groups.adopt(*self._spare.take(quorum.store))
-        if state.rank == 0:
-            counters.announce(client, iteration=quorum.iteration, restarts=quorum.restarts, ranks=state.world_size)
+        if state.active_rank == 0:
+            ranks = state.active_world_size
+            counters.announce(client, iteration=quorum.iteration, restarts=quorum.restarts, ranks=ranks)
         store = PrefixStore(counters.process_group_prefix(quorum.iteration), client)
         export(state)
         self._rendezvous.offer(store, state)
-        self._page.iteration = quorum.iteration
-        self.call.iteration = quorum.iteration
-        self.call.state = state
         self.call.store = store
         self.call.ping = self._first_ping
 
@@ -221,9 +282,21 @@ class _Restarter:
         self._ended_iteration = iteration
         if error is not None:
             let_go(error)
+        self._begin_abort(iteration)
         self._leave()
         self._stamps["left"] = time.monotonic()
         self._reported = False
+        _, aborting = self._aborting
+        if aborting is not None:
+            aborting.join(ABORT_TIMEOUT)
+        self._session.check_aborted()
+        self._components.clean_up(replace(self._state, fn_exception=self._fn_exception))
+
+    def _begin_abort(self, iteration: int) -> None:
+        """The user's part of an abort, once in an iteration, by whoever comes first."""
+        with self._cutting:
+            if self._aborting[0] < iteration:
+                self._aborting = (iteration, self._components.begin_abort(self._state))
 
     def _leave(self) -> None:
         """Cuts and destroys what the iteration left behind."""
@@ -266,6 +339,7 @@ class _Restarter:
         if first:
             self._stamps["aborted"] = time.monotonic()
             self._stillness.restart()
+            self._begin_abort(iteration)
         if self._interrupter.interrupt(REPEAT_INTERVAL):
             return True
         if self._stillness.lasted(self._interrupter.handled) >= STUCK_AFTER and not self._interrupter.in_atomic:

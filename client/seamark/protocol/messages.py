@@ -117,12 +117,15 @@ class Cause(Part, frozen=True):
 
     ``kind``: exit (status is the code), signal (status is the signal's number), exception, store (the TCPStore
     service was lost), node (its host was lost), stuck (it could not leave the function), heartbeat (it was not heard of
-    for the timeout), gone (its host lives and its process doesn't), left (it said goodbye), injected (a drill).
+    for the timeout), gone (its host lives and its process doesn't), left (it said goodbye), discarded (the job's own
+    rank assignment dropped it), injected (a drill).
     ``communication`` marks an exception that only says that a peer went away: evidence of another's failure, seldom a
     cause.
     """
 
-    kind: Literal["exit", "signal", "exception", "store", "node", "stuck", "heartbeat", "gone", "left", "injected"]
+    kind: Literal[
+        "exit", "signal", "exception", "store", "node", "stuck", "heartbeat", "gone", "left", "discarded", "injected"
+    ]
     status: int = 0
     text: Text = ""
     communication: bool = False
@@ -471,6 +474,15 @@ class AbortJob(Message, frozen=True):
     job: Name
     member: Name
     incarnation: Name
+    reason: Text
+
+
+class JobAborted(Message, frozen=True):
+    """Somebody ended the whole job: every worker ends as if it had been itself, with exit code 130."""
+
+    type_id = 26
+    direction = "agent -> worker"
+    job: Name
     reason: Text
 
 
@@ -1010,7 +1022,10 @@ class WorkerStarted(Message, frozen=True):
 
 
 class WorkerExited(Message, frozen=True):
-    """A worker process ended. ``status``: exit code, or minus the signal; ``replacement``: who was started instead."""
+    """A worker process ended. ``status``: exit code, or minus the signal; ``replacement``: who was started instead.
+
+    ``discarded``: the job's own rank assignment dropped it, which is nobody's failure.
+    """
 
     type_id = 54
     direction = "agent -> coordinator"
@@ -1028,6 +1043,7 @@ class WorkerExited(Message, frozen=True):
     log_path: Text
     log_tail: list[Text]
     charged: Count
+    discarded: bool = False
 
 
 class WorkerRegistered(Message, frozen=True):
@@ -1064,7 +1080,10 @@ class Timeline(Message, frozen=True):
 
 
 class StopWorkers(Message, frozen=True):
-    """Stop all workers of a job on this node: for a restart of all (a higher generation follows), or for good."""
+    """Stop all workers of a job on this node: for a restart of all (a higher generation follows), or for good.
+
+    ``abort``: why somebody ended the job; workers that listen have a moment to end by themselves.
+    """
 
     type_id = 58
     direction = "coordinator -> agent"
@@ -1074,6 +1093,7 @@ class StopWorkers(Message, frozen=True):
     generation: Count
     grace: Duration
     final: bool
+    abort: Text = ""
 
 
 class WorkersStopped(Message, frozen=True):

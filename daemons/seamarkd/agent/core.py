@@ -24,6 +24,7 @@ from seamark.protocol.messages import (
     Event,
     EventBeat,
     FailureEvent,
+    JobAborted,
     JobSpec,
     Join,
     LastQuorum,
@@ -53,9 +54,11 @@ from seamark.protocol.messages import (
     WorkerStarted,
 )
 from seamarkd.cursor import EventCursor
-from seamarkd.exits import ABORT_EXIT_CODE, exit_cause
+from seamarkd.exits import ABORT_EXIT_CODE, discarded_cause, exit_cause
 
 RESEND_INTERVAL = 0.5
+ABORT_PATIENCE = 3.0
+"""Seconds that workers of an aborted job have to end by themselves, with the exit code that says why."""
 """Seconds between two sendings of a report that nobody acknowledged."""
 
 
@@ -82,7 +85,7 @@ class TellWorkers(Struct, frozen=True):
     """Send to all workers of a job that listen; to those that can't be reached yet, as soon as they can."""
 
     job: str
-    message: FailureEvent | Snapshot
+    message: FailureEvent | Snapshot | JobAborted
 
 
 class StartWorker(Struct, frozen=True):
@@ -131,12 +134,16 @@ class ForgetExit(Struct, frozen=True):
 
 
 class StopJobHere(Struct, frozen=True):
-    """Stop all workers of a job; with ``final`` its store and keeper too. Answered by ``stopped``."""
+    """Stop all workers of a job; with ``final`` its store and keeper too. Answered by ``stopped``.
+
+    ``patience``: seconds they have to end by themselves before they are asked.
+    """
 
     job: str
     generation: int
     grace: float
     final: bool
+    patience: float = 0.0
 
 
 Effect: TypeAlias = (
@@ -308,6 +315,10 @@ class Agent:
         if under_way:
             # The same order of a coordinator that was started anew, or met this agent anew: answered once it is done.
             return [Remember(job.name)]
+        if order.abort and self.listening(job.name):
+            told = TellWorkers(job.name, JobAborted(job.name, order.abort))
+            stop = StopJobHere(job.name, order.generation, order.grace, order.final, ABORT_PATIENCE)
+            return [Remember(job.name), told, stop]
         return [Remember(job.name), StopJobHere(job.name, order.generation, order.grace, order.final)]
 
     # --- from the keeper and the death watch ---------------------------------------------------------------
@@ -381,9 +392,18 @@ class Agent:
         return self._lose(now, job, worker, cause, at, how)
 
     def exited(
-        self, now: float, job_name: str, incarnation: str, status: int, at: float, log_path: str, tail: list[str]
+        self,
+        now: float,
+        job_name: str,
+        incarnation: str,
+        status: int,
+        at: float,
+        log_path: str,
+        tail: list[str],
+        *,
+        discarded: bool = False,
     ) -> list[Effect]:
-        """A worker's exit status: code, or minus the signal."""
+        """A worker's exit status: code, or minus the signal; and whether the rank assignment had dropped it."""
         job = self.jobs.get(job_name)
         worker = job.workers.pop(incarnation, None) if job else None
         if job is None or worker is None:
@@ -392,7 +412,7 @@ class Agent:
             worker.completed = True
         effects: list[Effect] = []
         if not (status == 0 and worker.completed):
-            cause = exit_cause(status)
+            cause = discarded_cause(status) if discarded else exit_cause(status)
             effects = self._lose(now, job, worker, cause, at, "exit status")
         message = WorkerExited(
             self._next(),
@@ -408,6 +428,7 @@ class Agent:
             log_path,
             tail,
             1 if worker.replacement else 0,
+            discarded,
         )
         job.exited[incarnation] = worker
         return [Remember(job_name), *effects, self._report(now, ToCoordinator(message))]
@@ -458,7 +479,7 @@ class Agent:
     def _may_replace(self, job: Job, roster: Roster, cause: Cause) -> bool:
         """Only a session that somebody's wrapper holds together can be entered again by a newcomer."""
         aborted = cause.kind == "exit" and cause.status == ABORT_EXIT_CODE
-        wanted = roster.policy == "replace" and job.wrapped and not aborted
+        wanted = roster.policy == "replace" and job.wrapped and not aborted and cause.kind != "discarded"
         return wanted and job.allowance > 0 and not job.ended and job.stopping is None
 
     def stopped(self, job_name: str) -> list[Effect]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -94,6 +95,8 @@ class Kept(Struct):
     """An earlier agent started the keeper: it ends when it is told to, not when this agent gives up connecting."""
     ending: bool = False
     steps: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
+    emptied: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by each exit that leaves no process."""
 
     def let_go(self) -> None:
         """Closes the connection and all descriptors; the processes live on."""
@@ -257,7 +260,9 @@ class AgentShell:
         self._perform(self.core.adopt(time.monotonic(), job, known))
         for held in ended:
             if held.process.status is not None:
-                self._exited(job.name, held.process)
+                page = ProgressPage(held.page)
+                self._exited(job.name, held.process, page)
+                page.close()
             held.close()
         log.info("job %s: took up %d workers", job.name, len(kept.processes))
 
@@ -438,14 +443,19 @@ class AgentShell:
 
     def _watch(self, job: str, held: Held, page: ProgressPage) -> DeathWatch:
         incarnation = held.process.incarnation
-        return DeathWatch(held.process.pid, held.pidfd, page, lambda how, at: self._dying(job, incarnation, how, at))
+
+        def dying(how: How, at: float) -> None:
+            if not page.discarded:
+                self._dying(job, incarnation, how, at)
+
+        return DeathWatch(held.process.pid, held.pidfd, page, dying)
 
     def _dying(self, job: str, incarnation: str, how: How, at: float) -> None:
         # The end of the process itself tells nothing that its exit status, on its way, doesn't tell better.
         if how != "pidfd":
             self._perform(self.core.dying(time.monotonic(), job, incarnation, how, at))
 
-    def _exited(self, job: str, ended: KeeperProcess) -> None:
+    def _exited(self, job: str, ended: KeeperProcess, page: ProgressPage | None = None) -> None:
         kept = self._kept.get(job)
         if kept is None or ended.status is None:
             return
@@ -456,15 +466,22 @@ class AgentShell:
                 self._perform(self.core.store_exited(job))
         else:
             process = kept.processes.pop(ended.incarnation, None)
+            page = process.page if process else page
+            discarded = page is not None and page.discarded
             if process is None:
                 kept.ended.add(ended.incarnation)
             else:
                 process.close()
+            if not kept.processes:
+                kept.emptied.set()
             path = kept.logs.pop(ended.incarnation, None)
             tail = log_tail(path) if path is not None and ended.status != 0 else []
             now = time.monotonic()
             at = ended.at if ended.at is not None else now
-            self._perform(self.core.exited(now, job, ended.incarnation, ended.status, at, str(path or ""), tail))
+            effects = self.core.exited(
+                now, job, ended.incarnation, ended.status, at, str(path or ""), tail, discarded=discarded
+            )
+            self._perform(effects)
         if (ended.slot == STORE_SLOT or not reported) and not kept.ending:
             self._spawn(self._forget_exit(job, ended.slot, ended.incarnation))
 
@@ -533,6 +550,10 @@ class AgentShell:
     async def _stop_job(self, order: StopJobHere) -> None:
         kept = self._kept.get(order.job)
         if kept is not None:
+            if order.patience and kept.processes:
+                kept.emptied.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(kept.emptied.wait(), order.patience)
             await self._end_job(order.job, kept, order.grace, final=order.final)
             if order.final:
                 self._kept.pop(order.job, None)

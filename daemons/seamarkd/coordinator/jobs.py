@@ -107,6 +107,7 @@ class JobRecord(Struct, frozen=True):
     wrapped: bool = False
     spent: list[float] = []
     finished: list[str] = []
+    discarded: list[str] = []
     exited: dict[str, str] = {}
 
 
@@ -184,6 +185,7 @@ class Job(Struct):
     stop_until: float = 0.0
     processes: dict[str, Process] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
+    discarded: set[str] = field(default_factory=set)
     stopping: set[str] = field(default_factory=set)
     step: dict[str, int] = field(default_factory=dict)
     checkpoint: int = 0
@@ -327,6 +329,7 @@ class Coordinator:
                 request=self._next(),
                 exited=dict(record.exited),
                 finished=set(record.finished),
+                discarded=set(record.discarded),
                 checkpoint=record.checkpoint,
                 wrapped=record.wrapped,
                 log_tail=list(record.log_tail),
@@ -443,6 +446,7 @@ class Coordinator:
         job.generation += 1
         job.processes.clear()
         job.finished.clear()
+        job.discarded.clear()
         job.step.clear()
         job.wrapped = False
         job.sentence = "starts the workers"
@@ -597,9 +601,15 @@ class Coordinator:
         rank = report.member.rpartition("/")[2]
         if report.status == 0 and report.completed:
             job.finished.add(report.member)
-            if len(job.finished) == len(job.slots):
-                return self._end(now, job, "SUCCEEDED", f"all {len(job.slots)} ranks completed")
-            return [_persist(job)]
+            return self._end_if_finished(now, job)
+        if report.discarded:
+            job.discarded.add(report.member)
+            least, left = job.spec.min_nodes * job.spec.nproc_per_node, len(job.slots) - len(job.discarded)
+            if left < least:
+                job.log_tail = report.log_tail
+                result = f"the job's rank assignment discarded rank {rank}: {left} ranks are left, fewer than {least}"
+                return self._end(now, job, "FAILED", result)
+            return self._end_if_finished(now, job)
         how = exit_cause(report.status).text if report.status else "exited with code 0 before it had completed"
         job.log_tail = report.log_tail
         if report.status == ABORT_EXIT_CODE:
@@ -621,6 +631,13 @@ class Coordinator:
             else "--max-restarts 0 allows no restart"
         )
         return self._end(now, job, "FAILED", f"rank {rank} {how}, and {tried}")
+
+    def _end_if_finished(self, now: float, job: Job) -> list[Effect]:
+        if len(job.finished) + len(job.discarded) < len(job.slots):
+            return [_persist(job)]
+        discarded = f", {len(job.discarded)} were discarded by its rank assignment" if job.discarded else ""
+        count = f"all {len(job.slots)}" if not job.discarded else f"{len(job.finished)} of {len(job.slots)}"
+        return self._end(now, job, "SUCCEEDED", f"{count} ranks completed{discarded}")
 
     def _abort(self, now: float, route: bytes, report: AbortJob) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -696,7 +713,8 @@ class Coordinator:
 
     @staticmethod
     def _stop_order(job: Job, *, final: bool) -> StopWorkers:
-        return StopWorkers(job.request, job.spec.name, max(job.generation, 0), STOP_GRACE, final)
+        abort = job.result if final and job.outcome == "ABORTED" else ""
+        return StopWorkers(job.request, job.spec.name, max(job.generation, 0), STOP_GRACE, final, abort)
 
     def _workers_stopped(self, now: float, route: bytes, report: WorkersStopped) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -804,6 +822,7 @@ def record(job: Job) -> JobRecord:
         wrapped=job.wrapped,
         spent=job.budget.spent,
         finished=sorted(job.finished),
+        discarded=sorted(job.discarded),
         exited=dict(job.exited),
     )
 

@@ -260,6 +260,10 @@ class Group:
             self._living.discard(report.member)
         if self.done:
             return []
+        if report.cause.kind == "discarded":
+            # Everybody's assignment goes without it already: nobody has to be told, and nobody waits for it.
+            self._active -= {report.member}
+            return self._completed_by_all() or self.answer_if_ready(now)
         failure = Failure(
             kind="lost",
             member=report.member,
@@ -407,7 +411,10 @@ class Group:
             reset = QuorumReset(self.job, self.name, [_recipient(request.member, waiter)], reason)
             return [Send(route, reset)]
         self._completions[request.member] = waiter
-        if not self._active <= self._completions.keys():
+        return self._completed_by_all()
+
+    def _completed_by_all(self) -> list[Effect]:
+        if not self._completions or not self._active <= self._completions.keys():
             return []
         self.done = True
         waiting = dict(self._completions)
