@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness import peers, results
 from harness.processes import become_subreaper, end_descendants, interrupt_once
+from harness.run_directory import remove_run_directories
 
 INTERRUPTED = 130
 F = TypeVar("F", bound=Callable[..., Any])
@@ -132,14 +134,14 @@ def work_directory(kept: Path | None = None) -> Iterator[Path]:
     """A new directory below `kept`, or a temporary one that is removed when no process is left."""
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
-        try:
-            yield Path(tempfile.mkdtemp(prefix="run-", dir=kept.resolve()))
-        finally:
-            end_descendants()
-        return
-    # Short, for the sockets below it: the path of a unix socket ends at 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="b-") as directory:
-        try:
-            yield Path(directory)
-        finally:
-            end_descendants()
+        directory = Path(tempfile.mkdtemp(prefix="run-", dir=kept.resolve()))
+    else:
+        # Short, for the sockets below it: the path of a unix socket ends at 107 bytes.
+        directory = Path(tempfile.mkdtemp(prefix="b-"))
+    try:
+        yield directory
+    finally:
+        end_descendants()
+        remove_run_directories(directory)
+        if kept is None:
+            shutil.rmtree(directory)

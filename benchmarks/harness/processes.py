@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from harness.run_directory import make_run_directory
+
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 # What a system would take for its own setting if the benchmark itself ran under a launcher.
@@ -97,8 +99,9 @@ class Job:
         """Start `commands`. Reports go to `directory`/reports, everything they print to `directory`/log."""
         self.directory = directory
         self.reports = directory / "reports"
-        for path in (directory, self.reports, directory / "tmp", directory / "run", directory / "state"):
+        for path in (directory, self.reports, directory / "tmp", directory / "state"):
             path.mkdir(mode=0o700)
+        make_run_directory(directory / "run")
         self._log_path = directory / "log"
         with self._log_path.open("wb") as log:
             self._processes = [
@@ -134,6 +137,20 @@ class Job:
         codes = [process.poll() for process in self._processes]
         if all(code is not None for code in codes):
             raise SystemFailed(f"ended with exit code {codes[0]}: {self.last_words()}")
+
+    def wait(self, timeout: float) -> None:
+        """Wait until all started processes have ended well.
+
+        Raises SystemFailed when one of them has not, or not in time.
+        """
+        until = time.monotonic() + timeout
+        for process in self._processes:
+            try:
+                code = process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise SystemFailed(f"goes on after {timeout:g} s: {self.last_words()}") from None
+            if code:
+                raise SystemFailed(f"ended with exit code {code}: {self.last_words()}")
 
     def last_words(self) -> str:
         """The last line with words in it that the system printed."""

@@ -34,6 +34,7 @@ from harness.processes import (
 )
 from harness.provenance import REPOSITORY
 from harness.restarts import MISSES_BEFORE_GIVING_UP
+from harness.run_directory import make_run_directory
 from harness.systems import MAX_RESTARTS, TRAINING
 from lighthouses.servers import free_port
 from seamark.listener import FailureListener
@@ -249,7 +250,7 @@ class SuiteFleet(Fleet):
         super().__init__(directory)
         self._up = False
         self.lighthouse, self.events, coordinator = (f"tcp://127.0.0.1:{free_port()}" for _ in range(3))
-        (directory / "run").mkdir(mode=0o700)
+        make_run_directory(directory / "run")
         (directory / "tmp").mkdir()
         self._environment = {
             **seamark_sources(),

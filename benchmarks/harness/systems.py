@@ -81,7 +81,7 @@ def nvrx_inprocess(peer: Peer) -> System:
     """
 
     def commands() -> Sequence[Command]:
-        port = str(_free_ports(3))
+        port = str(free_ports(3))
         arguments = [str(peer.python), str(TRAINING / "train_nvrx.py")]
         job = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return [Command(arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), **job}) for rank in range(RANKS)]
@@ -89,7 +89,7 @@ def nvrx_inprocess(peer: Peer) -> System:
     return System("nvrx in-process", peer.version, commands, grace=0.0)
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """The first of `count` consecutive free TCP ports."""
     for first in range(FIRST_PORT + os.getpid() % 5000, LAST_PORT, count):
         sockets = [socket.socket() for _ in range(count)]
