@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from seamark.inprocess.wrapper import Wrapper as Wrapper
     from seamark.listener import FailureListener as FailureListener
     from seamark.listening import EventsLost as EventsLost
+    from seamark.sections import section as section
 
 __all__ = [
     "CallWrapper",
@@ -27,6 +28,7 @@ __all__ = [
     "State",
     "Wrapper",
     "checkpoints",
+    "section",
 ]
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "RestartError": "seamark.inprocess.exceptions",
     "State": "seamark.inprocess.state",
     "Wrapper": "seamark.inprocess.wrapper",
+    "section": "seamark.sections",
 }
 
 

@@ -13,6 +13,8 @@ alone.
 from __future__ import annotations
 
 import atexit
+import ctypes
+import enum
 import fcntl
 import functools
 import hashlib
@@ -22,6 +24,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Mapping
+from typing import NamedTuple
 
 PAGE_SIZE = 4096
 PROGRESS_FD = "SEAMARK_PROGRESS_FD"
@@ -35,7 +38,10 @@ _SIGNATURE = _MAGIC << 8 | _VERSION
 # The word of each field. A new field takes a new word; a changed meaning takes a new _VERSION.
 _SIGNED, _OWNER, _INCARNATION, _PINGS, _ITERATION, _STEP, _CHECKPOINT, _WRAPPED, _GOODBYE = range(9)
 _CANARIES = range(9, 9 + MAX_CANARIES)
-_DISCARDED = 13
+_DISCARDED, _PHASE, _SIGNS, _SOFT, _HARD, _GRACE, _INITIAL, _OUTSIDE, _PINGS_BEFORE = range(13, 22)
+# Each open section: its number among all openings (0: closed), its timeout in ms (0: none), its name.
+_SECTION_WORDS, _NAME_WORDS, MAX_SECTIONS = 8, 6, 16
+_SECTIONS = range(32, 32 + _SECTION_WORDS * MAX_SECTIONS, _SECTION_WORDS)
 
 # Room for the thread-local storage of the libraries that torch brings; only what is touched becomes resident.
 _CANARY_STACK_BYTES = 128 * 1024
@@ -46,6 +52,16 @@ def incarnation_hash(incarnation: str) -> int:
     if not incarnation:
         return 0
     return int.from_bytes(hashlib.blake2b(incarnation.encode(), digest_size=8).digest(), "big")
+
+
+def name_words(name: str) -> memoryview[int]:
+    """A section's name as the page holds it, cut to 48 bytes."""
+    return memoryview(name.encode()[: 8 * _NAME_WORDS].ljust(8 * _NAME_WORDS, b"\0")).cast("Q")
+
+
+def _ms(seconds: float) -> int:
+    # Not down to 0, which stands for none.
+    return max(1, round(seconds * 1_000)) if seconds > 0 else 0
 
 
 def create() -> int:
@@ -61,6 +77,42 @@ def create() -> int:
     os.ftruncate(fd, PAGE_SIZE)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd
+
+
+class Phase(enum.IntEnum):
+    """What a worker's wrapper does, as far as its agent has to know."""
+
+    OUTSIDE = 0
+    """Not in a wrapped function, or it asked not to be watched."""
+    WAITING = 1
+    """It waits for others."""
+    WORKING = 2
+    """Whatever has to go on by itself: the function, and what is called between two iterations."""
+
+
+class Timeouts(NamedTuple):
+    """How long a worker may give no sign of life, in seconds; 0.0 stands for "for ever"."""
+
+    soft: float = 0.0
+    """Then it is interrupted in place."""
+    hard: float = 0.0
+    """Then it is ended."""
+    grace: float = 0.0
+    """Between SIGTERM and SIGKILL."""
+    initial: float = 0.0
+    """Until the first ``ping()`` of an iteration."""
+    outside: float = 0.0
+    """Between two sections, once there was one."""
+
+
+class OpenSection(NamedTuple):
+    """A section that a worker is in."""
+
+    number: int
+    """Among all openings of this worker; never used twice."""
+    timeout: float
+    """Seconds; 0.0: none of its own."""
+    name: str
 
 
 class ProgressPage:
@@ -118,6 +170,35 @@ class ProgressPage:
         """Say that the training loop is alive: one memory write, under a microsecond."""
         self._words[_PINGS] += 1
 
+    def enter(self, phase: Phase) -> None:
+        """Say what comes now; sections that an interrupt left open are closed by it."""
+        for section in _SECTIONS:
+            self._words[section] = 0
+        self._words[_PINGS_BEFORE] = self._words[_PINGS]
+        self._words[_PHASE] = phase
+        self.sign()
+
+    def sign(self) -> None:
+        """A sign of life of the main thread that is no progress of the training."""
+        self._words[_SIGNS] += 1
+
+    def cell_of_signs(self) -> ctypes.c_uint64:
+        """Where the signs are counted, for a C function that counts one."""
+        mapping = self._words.obj
+        assert isinstance(mapping, mmap.mmap | bytearray)
+        return ctypes.c_uint64.from_buffer(mapping, 8 * _SIGNS)
+
+    def open_section(self, slot: int, number: int, timeout: float, name: memoryview[int]) -> None:
+        """Say that a section begins. ``name``: as ``name_words`` gives it."""
+        section = _SECTIONS[slot]
+        self._words[section + 2 : section + 2 + _NAME_WORDS] = name
+        self._words[section + 1] = _ms(timeout)
+        self._words[section] = number
+
+    def close_section(self, slot: int) -> None:
+        """Say that a section has ended."""
+        self._words[_SECTIONS[slot]] = 0
+
     def say_goodbye(self) -> None:
         """Announce the normal end of this process, so that its ending threads aren't taken for a crash."""
         self._words[_GOODBYE] = 1
@@ -170,6 +251,16 @@ class ProgressPage:
         self._words[_WRAPPED] = value
 
     @property
+    def timeouts(self) -> Timeouts:
+        """How long this worker may give no sign of life."""
+        return Timeouts(*(self._words[word] / 1_000 for word in (_SOFT, _HARD, _GRACE, _INITIAL, _OUTSIDE)))
+
+    @timeouts.setter
+    def timeouts(self, value: Timeouts) -> None:
+        for word, seconds in zip((_SOFT, _HARD, _GRACE, _INITIAL, _OUTSIDE), value, strict=True):
+            self._words[word] = _ms(seconds)
+
+    @property
     def discarded(self) -> bool:
         """Whether the job's rank assignment dropped this worker: its end is nobody's failure."""
         return self._words[_DISCARDED] != 0
@@ -208,6 +299,36 @@ class ProgressPage:
     def pings(self) -> int:
         """How often `ping` was called."""
         return self._words[_PINGS]
+
+    @property
+    def phase(self) -> Phase:
+        """What the worker's wrapper does."""
+        return Phase(min(self._words[_PHASE], max(Phase)))
+
+    @property
+    def signs(self) -> int:
+        """The main thread's signs of life."""
+        return self._words[_SIGNS]
+
+    @property
+    def pings_before(self) -> int:
+        """How often `ping` had been called when the present phase began."""
+        return self._words[_PINGS_BEFORE]
+
+    @property
+    def sections(self) -> tuple[OpenSection, ...]:
+        """The open sections; one that is opened or closed just now may be missing."""
+        found = []
+        for section in _SECTIONS:
+            number = self._words[section]
+            if number:
+                name = bytes(self._words[section + 2 : section + 2 + _NAME_WORDS])
+                opened = OpenSection(
+                    number, self._words[section + 1] / 1_000, name.rstrip(b"\0").decode(errors="replace")
+                )
+                if self._words[section] == number:
+                    found.append(opened)
+        return tuple(found)
 
     @property
     def goodbye(self) -> bool:

@@ -1,7 +1,8 @@
 """A tiny DDP training whose end is comparable bit by bit, and which says on the way what it does.
 
 Each rank appends a JSON line per event to ``<out>/rank_<initial rank>.jsonl``: entered, step, done. Faults are asked
-for by the test from outside (kill) or by ``--raise-at RANK:STEP`` (an exception, in one iteration only).
+for by the test from outside (kill, SIGUSR1 for an exception, SIGUSR2 for a hang) or by ``--raise-at RANK:STEP`` (an
+exception, in one iteration only).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +39,8 @@ parser.add_argument("--raise-in", type=int, nargs=2, default=(0, 0), help="itera
 parser.add_argument("--counts", action="store_true", help="report threads and descriptors at each step")
 parser.add_argument("--until", type=Path, help="once this file is there, the last step is the number in it")
 parser.add_argument("--timeout", type=float, default=1800.0, help="of the process group, in seconds")
+parser.add_argument("--soft-timeout", type=float, default=60.0)
+parser.add_argument("--hard-timeout", type=float, default=90.0)
 options = parser.parse_args()
 options.out.mkdir(parents=True, exist_ok=True)
 log = (options.out / f"rank_{os.environ['RANK']}.jsonl").open("a", buffering=1)
@@ -59,7 +63,21 @@ def digest(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-@seamark.Wrapper()
+asked: set[int] = set()
+signal.signal(signal.SIGUSR1, lambda signum, frame: asked.add(signum))
+signal.signal(signal.SIGUSR2, lambda signum, frame: asked.add(signum))
+
+
+def obey() -> None:
+    """SIGUSR1 asks for an exception, SIGUSR2 for a hang, at the next step."""
+    for signum in tuple(asked):
+        asked.discard(signum)
+        if signum == signal.SIGUSR1:
+            raise ValueError("asked to fail by a signal")
+        time.sleep(3_600.0)
+
+
+@seamark.Wrapper(soft_timeout=options.soft_timeout, hard_timeout=options.hard_timeout)
 def train(call: seamark.CallWrapper) -> str:
     rank = call.state.rank
     say(event="entered", iteration=call.iteration, rank=rank, restarts=call.state.restarts)
@@ -83,6 +101,7 @@ def train(call: seamark.CallWrapper) -> str:
         if step > last_step():
             break
         until = time.monotonic() + options.pause
+        obey()
         if options.raise_at == f"{rank}:{step}" and call.iteration == options.raise_during:
             raise ValueError("asked to fail")
         if rank == 1 and step == resumed + 10 and options.raise_in[0] <= call.iteration < options.raise_in[1]:

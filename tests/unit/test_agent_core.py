@@ -22,6 +22,7 @@ from seamark.protocol.messages import (
     Join,
     LastQuorum,
     Member,
+    MemberFaulted,
     MemberLost,
     MemberStarted,
     MemberStuck,
@@ -50,6 +51,7 @@ from seamarkd.agent.core import (
     RESEND_INTERVAL,
     Agent,
     Effect,
+    EndWorker,
     ForgetExit,
     Job,
     Remember,
@@ -63,6 +65,7 @@ from seamarkd.agent.core import (
     ToLighthouse,
     ToWorker,
 )
+from seamarkd.agent.hang import Verdict
 
 T = TypeVar("T", bound=Message)
 NOW = 10.0
@@ -302,6 +305,35 @@ def test_a_worker_that_the_assignment_dropped_is_lost_without_a_replacement() ->
     assert (lost.cause.kind, lost.replacement) == ("discarded", "")
     (exited,) = to_coordinator(effects, WorkerExited)
     assert (exited.discarded, exited.charged) == (True, 0)
+
+
+def test_a_worker_that_hangs_is_interrupted_with_everybody_and_then_ended() -> None:
+    bench = Bench()
+    (fault,) = to_lighthouse(bench.agent.hangs(NOW, "job", "i0", 3, Verdict("soft", "it sleeps"), 5.0), MemberFaulted)
+    assert (fault.member, fault.iteration, fault.cause.kind, fault.cause.text) == ("job/0", 3, "hang", "it sleeps")
+    assert bench.agent.hangs(NOW, "job", "i0", 3, Verdict("hard", "it sleeps on"), 5.0) == [EndWorker("job", "i0", 5.0)]
+    (lost,) = to_lighthouse(bench.exit(-15), MemberLost)
+    assert (lost.cause.kind, lost.cause.text) == ("hang", "it sleeps on; killed by SIGTERM")
+    assert lost.replacement
+
+
+def test_a_stopped_worker_can_only_be_killed() -> None:
+    bench = Bench()
+    effects = bench.agent.hangs(NOW, "job", "i1", 0, Verdict("stopped", "stopped by a signal"), 5.0)
+    assert effects == [EndWorker("job", "i1", 0.0)]
+    (lost,) = to_lighthouse(bench.die("i1"), MemberLost)
+    assert (lost.cause.kind, lost.cause.text) == ("hang", "stopped by a signal")
+
+
+@pytest.mark.parametrize("ending", ["ordered", "lost", "unknown"])
+def test_nobody_is_ended_twice(ending: str) -> None:
+    bench = Bench()
+    if ending == "ordered":
+        bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))
+    elif ending == "lost":
+        bench.die("i0")
+    incarnation = "stranger" if ending == "unknown" else "i0"
+    assert bench.agent.hangs(NOW, "job", incarnation, 0, Verdict("hard", "it sleeps"), 5.0) == []
 
 
 def test_an_order_to_stop_that_comes_again_is_carried_out_once() -> None:

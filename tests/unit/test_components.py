@@ -133,6 +133,37 @@ def test_wrong_components_are_refused_at_the_call(make, sentence):
         make()
 
 
+def test_a_process_group_that_is_there_already_is_refused():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RestartError, match="inside the wrapped function"):
+            seamark.Wrapper()(print)()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"soft_timeout": 90.0}, "hard_timeout=90 s must be more than soft_timeout=90 s"),
+        ({"soft_timeout": timedelta(minutes=2)}, "hard_timeout=90 s must be more than soft_timeout=120 s"),
+        ({"hard_timeout": 0}, "a timeout must be more than 0 seconds, not 0"),
+        ({"termination_grace_time": -1.0}, "a timeout must be more than 0 seconds, not -1.0"),
+    ],
+)
+def test_timeouts_that_contradict_each_other_are_refused_at_the_call(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        seamark.Wrapper(**arguments)
+
+
+def test_timeouts_are_seconds_or_timedeltas_or_none():
+    assert seamark.Wrapper().timeouts == (60.0, 90.0, 5.0, 0.0, 0.0)
+    assert seamark.Wrapper(soft_timeout=None, hard_timeout=None).timeouts[:2] == (0.0, 0.0)
+    assert seamark.Wrapper(soft_timeout=timedelta(seconds=3), initial_timeout=7).timeouts == (3.0, 90.0, 5.0, 7.0, 0.0)
+
+
 def test_the_exceptions_are_the_references():
     assert issubclass(HealthCheckError, RestartError)
     assert issubclass(TimeoutError, RestartError)

@@ -74,7 +74,7 @@ class Bench:
         started = MemberStarted(0, "job", generation, member, self.incarnations[member], "n0")
         self.do(self.group.started(self.now, started))
 
-    def join(self, *ranks: int, generation: int = 0) -> None:
+    def join(self, *ranks: int, generation: int = 0, call: int = 0) -> None:
         for rank in ranks:
             member = f"job/{rank}"
             self.request += 1
@@ -90,6 +90,7 @@ class Bench:
                 quorum_id=0,
                 quorum_members=[],
                 commit_failures=1 if self.last[member] >= 0 else 0,
+                call=call,
             )
             answers = self.do(self.group.join(self.now, f"w{rank}".encode(), join))
             for effect in answers:
@@ -112,11 +113,11 @@ class Bench:
             self.incarnations[member] = new
             self.last[member] = -1
 
-    def complete(self, *ranks: int, iteration: int = 0) -> None:
+    def complete(self, *ranks: int, iteration: int = 0, call: int = 0) -> None:
         for rank in ranks:
             member = f"job/{rank}"
             self.request += 1
-            request = Complete("job", RANKS, 0, member, self.incarnations[member], self.request, iteration)
+            request = Complete("job", RANKS, 0, member, self.incarnations[member], self.request, iteration, call)
             self.do(self.group.complete(self.now, f"w{rank}".encode(), request))
 
 
@@ -645,3 +646,46 @@ def test_who_was_dropped_by_the_assignment_is_not_expected_in_the_next_quorum() 
     bench.join(0, 1, 2)
     assert [one.member for one in bench.sent(QuorumAnswer)[-1].members] == ["job/0", "job/1", "job/2"]
     assert bench.group.iteration == 1
+
+
+def test_a_second_wrapped_call_is_a_new_iteration_and_no_restart() -> None:
+    bench = Bench()
+    bench.join(0, 1, 2, 3)
+    bench.complete(0, 1, 2, 3)
+    bench.join(0, 1, 2, call=1)
+    assert len(bench.sent(QuorumAnswer)) == 4, "it waits for the last one"
+    bench.join(3, call=1)
+    answer = bench.sent(QuorumAnswer)[-1]
+    assert (answer.call, answer.iteration, answer.restarts) == (1, 1, 0)
+    bench.fault(2, OWN, iteration=1)
+    bench.join(0, 1, 2, 3, call=1)
+    assert (bench.group.iteration, bench.group.restarts) == (2, 1)
+    bench.complete(0, 1, 2, 3, iteration=2, call=1)
+    assert {one.call for one in bench.sent(Completed)} == {0, 1}
+    assert bench.group.done
+
+
+def test_who_was_replaced_in_the_second_call_is_told_that_the_first_is_over() -> None:
+    bench = Bench()
+    bench.join(0, 1, 2, 3)
+    bench.complete(0, 1, 2, 3)
+    bench.join(0, 1, 2, 3, call=1)
+    bench.lose(1)
+    bench.said.clear()
+    bench.join(1)
+    (completed,) = bench.sent(Completed)
+    assert ([one.member for one in completed.recipients], completed.call) == (["job/1"], 0)
+    bench.join(0, 2, 3, call=1)
+    assert not bench.sent(QuorumAnswer), "it is on its way"
+    bench.join(1, call=1)
+    assert (bench.group.iteration, bench.group.restarts) == (2, 1)
+
+
+def test_who_still_waits_to_complete_when_others_are_further_is_told() -> None:
+    """The lighthouse that answered the others is another one, which knows nothing of the first call."""
+    bench = Bench()
+    bench.join(0, 1, 2, 3)
+    bench.complete(3)
+    bench.join(0, 1, 2, call=1)
+    (completed,) = bench.sent(Completed)
+    assert ([one.member for one in completed.recipients], completed.call) == (["job/3"], 0)

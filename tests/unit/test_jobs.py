@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from seamark.protocol.messages import (
+    RANKS,
     AbortJob,
     Acknowledged,
     Cause,
@@ -37,7 +38,7 @@ from seamark.protocol.messages import (
     WorkersStopped,
     WorkerStarted,
 )
-from seamarkd.coordinator.jobs import Coordinator, Effect, Job, Persist, Tell, ToLighthouse, record
+from seamarkd.coordinator.jobs import FRUITLESS_RESTARTS, Coordinator, Effect, Job, Persist, Tell, ToLighthouse, record
 from seamarkd.effects import Send
 
 T = TypeVar("T", bound=Message)
@@ -493,3 +494,37 @@ def test_an_abort_travels_with_the_order_to_stop() -> None:
     said = bench.send(AbortJob("job", "job/1", "g0r1", "the data is poisoned"))
     (stop,) = bench.told(StopWorkers, said)
     assert stop.abort == "rank 1 asked for the end of the job: the data is poisoned"
+
+
+def quorums(bench: Bench, first: int, last: int) -> None:
+    """So many restarts in process, one after the other."""
+    for number in range(first, last + 1):
+        cause = Cause(kind="exception", text="TypeError: no")
+        failure = Failure("faulted", "job/1", "g0r1", 1, "n0", number - 1, cause, 0.0, 0.0, 0.0, "wrapper")
+        for event in (
+            FailureEvent("job", RANKS, 1, 2 * number - 1, failure),
+            QuorumEvent("job", RANKS, 1, 2 * number, number, 0, number, number, [], 0.0, number - 1, []),
+        ):
+            bench.said = bench.core.from_lighthouse(bench.now, event)
+
+
+def test_a_function_that_fails_at_once_again_and_again_comes_to_an_end() -> None:
+    bench = Bench()
+    bench.run()
+    quorums(bench, 1, FRUITLESS_RESTARTS)
+    assert bench.job.state == "RUNNING"
+    quorums(bench, FRUITLESS_RESTARTS + 1, FRUITLESS_RESTARTS + 1)
+    assert (bench.job.state, bench.job.outcome) == ("STOPPING", "FAILED")
+    assert bench.job.result == (
+        f"{FRUITLESS_RESTARTS} restarts followed each other without a ping(); "
+        "the last: rank 1 faulted (TypeError: no)"
+    )
+
+
+def test_restarts_with_steps_between_them_are_not_counted() -> None:
+    bench = Bench()
+    bench.run()
+    quorums(bench, 1, FRUITLESS_RESTARTS)
+    bench.send(JobProgress("job", {"job/0": 1}, {"job/0": 0}))
+    quorums(bench, FRUITLESS_RESTARTS + 1, FRUITLESS_RESTARTS + 5)
+    assert bench.job.state == "RUNNING"

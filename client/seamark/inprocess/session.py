@@ -7,6 +7,7 @@ are repeated until they are answered, so an agent or a lighthouse that is restar
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
@@ -53,6 +54,18 @@ EVERY_ITERATION = 2**53
 Answer = QuorumAnswer | QuorumReset | Completed | Refused | JobAborted
 
 
+class _Process:
+    """What goes on through all wrapped calls of a process: what it counts, and the last quorum that it was in."""
+
+    def __init__(self) -> None:
+        self.calls = itertools.count()
+        self.requests = itertools.count(1)
+        self.last: QuorumAnswer | None = None
+
+
+_process = _Process()
+
+
 class Session:
     """The connection of one worker.
 
@@ -60,16 +73,20 @@ class Session:
         environment: who this worker is.
         on_failure: called on the monitor thread with the iteration that a published failure ends, again and again
             until it returns True: the main thread has left the function.
+        on_turn: called on the monitor thread several times a second.
     """
 
-    def __init__(self, environment: WorkerEnvironment, on_failure: Callable[[int], bool]) -> None:
+    def __init__(
+        self, environment: WorkerEnvironment, on_failure: Callable[[int], bool], on_turn: Callable[[], None]
+    ) -> None:
         self._who = environment
+        self._call = next(_process.calls)
         self._on_failure = on_failure
+        self._on_turn = on_turn
         self._outgoing: deque[Message] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self._pending: Join | Complete | None = None
-        self._request = 0
         self._closing = False
         self._ended_iteration: int | None = None
         self.aborted: str | None = None
@@ -80,11 +97,10 @@ class Session:
 
     # --- main thread ---------------------------------------------------------------------------------------
 
-    def join(self, last: QuorumAnswer | None, keys: dict[str, str], *, after_fault: bool) -> QuorumAnswer | None:
+    def join(self, keys: dict[str, str], *, after_fault: bool) -> QuorumAnswer | None:
         """Waits for the next quorum, however often the wait is reset.
 
         Args:
-            last: the last quorum that this process was in.
             keys: what the other members are to know of this one.
             after_fault: the members' state is suspect, so that the quorum gets a new id even with equal members.
 
@@ -96,7 +112,7 @@ class Session:
             RestartAbort: somebody ended the job.
         """
         while True:
-            self._request += 1
+            last = _process.last
             answer = self._ask(
                 Join(
                     job=self._who.job,
@@ -104,16 +120,18 @@ class Session:
                     generation=self._who.generation,
                     member=self._who.member,
                     incarnation=self._who.incarnation,
-                    request=self._request,
+                    request=next(_process.requests),
                     iteration=last.iteration if last else -1,
                     restarts=last.restarts if last else 0,
                     quorum_id=last.quorum_id if last else 0,
                     quorum_members=[member.member for member in last.members] if last else [],
                     commit_failures=1 if after_fault else 0,
                     keys=keys,
+                    call=self._call,
                 )
             )
             if isinstance(answer, QuorumAnswer):
+                _process.last = answer
                 return answer
             if isinstance(answer, Completed):
                 return None
@@ -124,7 +142,6 @@ class Session:
         Raises:
             StaleMemberError: this process has been replaced.
         """
-        self._request += 1
         answer = self._ask(
             Complete(
                 job=self._who.job,
@@ -132,8 +149,9 @@ class Session:
                 generation=self._who.generation,
                 member=self._who.member,
                 incarnation=self._who.incarnation,
-                request=self._request,
+                request=next(_process.requests),
                 iteration=iteration,
+                call=self._call,
             )
         )
         return isinstance(answer, Completed)
@@ -198,6 +216,7 @@ class Session:
             repeat_at = time.monotonic() + REPEAT_INTERVAL
             while not (self._closing and not self._outgoing):
                 poller.poll(POLL_MS if self._ended_iteration is None else 0)
+                self._on_turn()
                 self._drain_wake()
                 while self._outgoing:
                     self._send(socket, self._outgoing.popleft())

@@ -11,28 +11,33 @@ import functools
 import gc
 import inspect
 import logging
+import sys
 import threading
 import time
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from datetime import timedelta
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from seamark.environment import WorkerEnvironment
 from seamark.inprocess.abort import ProcessGroups
 from seamark.inprocess.cleanup import describe, let_go
 from seamark.inprocess.components import ABORT_TIMEOUT, Component, Components
-from seamark.inprocess.exceptions import RankDiscarded, RestartAbort, RestartInterrupt
+from seamark.inprocess.exceptions import RankDiscarded, RestartAbort, RestartError, RestartInterrupt
 from seamark.inprocess.interrupt import DEFAULT_SIGNAL, REPEAT_INTERVAL, Interrupter
 from seamark.inprocess.rank_assignment import Assignment, keys_of
 from seamark.inprocess.rendezvous import EnvRendezvous
 from seamark.inprocess.session import Session
+from seamark.inprocess.signs import Signs
 from seamark.inprocess.spare import SpareStore
 from seamark.inprocess.state import Mode, State, export, place
 from seamark.inprocess.stuck import Stillness
-from seamark.progress import worker_page
+from seamark.inprocess.timeouts import timeouts
+from seamark.progress import Phase, ProgressPage, worker_page
 from seamark.protocol.messages import QuorumAnswer, Stamps
+from seamark.sections import forget_open_sections
 from seamark.store import counters
 
 log = logging.getLogger(__name__)
@@ -62,14 +67,25 @@ class CallWrapper:
     ping: Callable[[], None]
     """Call it once per step: it counts progress (a memory write, under a microsecond)."""
 
-    def __init__(self, interrupter: Interrupter) -> None:
+    def __init__(self, interrupter: Interrupter, page: ProgressPage) -> None:
         self._interrupter = interrupter
+        self._page = page
 
     @contextmanager
     def atomic(self) -> Iterator[None]:
         """Within this block a restart does not interrupt the function; a pending one happens at its end."""
         with self._interrupter.atomic():
             yield
+
+    @contextmanager
+    def disable_hang_protection(self) -> Iterator[None]:
+        """Within this block no timeout runs, for instance while a model compiles or a large checkpoint is written."""
+        phase = self._page.phase
+        self._page.enter(Phase.OUTSIDE)
+        try:
+            yield
+        finally:
+            self._page.enter(phase)
 
 
 class Wrapper:
@@ -89,11 +105,18 @@ class Wrapper:
             closes gaps (``ShiftRanks``).
         completion: called once the function has returned on all ranks.
         terminate: called when this rank ends by an exception; its own exceptions are logged.
+        soft_timeout: seconds, or a ``timedelta``, for which a rank may run no Python, or not call ``ping()`` once it
+            has called it; then all ranks are interrupted and restart in process. None: for ever, and no hard timeout.
+        hard_timeout: after so long without either the rank's process is ended, and replaced as the policy says.
+        initial_timeout: for the first ``ping()`` of an iteration; None for ever.
+        out_of_section_timeout: between two ``seamark.section``s; None for ever.
+        termination_grace_time: between SIGTERM and SIGKILL.
         enabled: False returns the function untouched.
         interrupt_signal: the signal that interrupts the main thread; it must have no handler yet.
 
     Raises:
         TypeError: a component can't be called.
+        ValueError: a timeout is not above 0, or ``hard_timeout`` not above ``soft_timeout``.
 
     Example:
         >>> @seamark.Wrapper()
@@ -111,10 +134,22 @@ class Wrapper:
         rank_assignment: Assignment | None = None,
         completion: Component | None = None,
         terminate: Component | None = None,
+        soft_timeout: float | timedelta | None = 60.0,
+        hard_timeout: float | timedelta | None = 90.0,
+        initial_timeout: float | timedelta | None = None,
+        out_of_section_timeout: float | timedelta | None = None,
+        termination_grace_time: float | timedelta = 5.0,
         enabled: bool = True,
         interrupt_signal: int = DEFAULT_SIGNAL,
     ) -> None:
         self.components = Components(initialize, abort, finalize, health_check, completion, terminate, rank_assignment)
+        self.timeouts = timeouts(
+            soft=soft_timeout,
+            hard=hard_timeout,
+            grace=termination_grace_time,
+            initial=initial_timeout,
+            outside=out_of_section_timeout,
+        )
         self.enabled = enabled
         self.interrupt_signal = interrupt_signal
 
@@ -122,7 +157,8 @@ class Wrapper:
         """The wrapped function.
 
         Raises (when the wrapped function is called):
-            RestartError: not under Seamark, not in the main thread, or this process was replaced.
+            RestartError: not under Seamark, not in the main thread, with a process group already, or this process was
+                replaced.
             RankDiscarded: the rank assignment has dropped this rank.
             RestartAbort: the function, ``initialize`` or the rank assignment asked for the end of the job.
         """
@@ -132,10 +168,14 @@ class Wrapper:
 
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-            with _Restarter(WorkerEnvironment.read(), self.components, self.interrupt_signal) as restarter:
-                if parameter is not None:
-                    kwargs[parameter] = restarter.call
-                return restarter.run(lambda: function(*args, **kwargs))
+            _check_no_group()
+            with _Restarter(WorkerEnvironment.read(), self) as restarter:
+                given: tuple[Any, ...] = args
+                if parameter is not None and parameter.position < len(given):
+                    given = (*given[: parameter.position], restarter.call, *given[parameter.position :])
+                elif parameter is not None:
+                    kwargs[parameter.name] = restarter.call
+                return restarter.run(lambda: typing.cast(Callable[..., T], function)(*given, **kwargs))
 
         return wrapped
 
@@ -143,14 +183,14 @@ class Wrapper:
 class _Restarter:
     """One call of a wrapped function, through all its iterations."""
 
-    def __init__(self, environment: WorkerEnvironment, components: Components, interrupt_signal: int) -> None:
+    def __init__(self, environment: WorkerEnvironment, wrapper: Wrapper) -> None:
         self._who = environment
-        self._components = components
-        self._keys = keys_of(components.assignment, environment.rank, environment.world_size)
+        self._components = wrapper.components
+        self._keys = keys_of(self._components.assignment, environment.rank, environment.world_size)
         self._state = State.from_env()
         self._fn_exception: Exception | None = None
         self._aborting: tuple[int, threading.Thread | None] = (-1, None)
-        self._interrupter = Interrupter(interrupt_signal)
+        self._interrupter = Interrupter(wrapper.interrupt_signal)
         self._groups = ProcessGroups(self._interrupter.atomic)
         self._rendezvous = EnvRendezvous()
         self._spare = SpareStore(STORE_TIMEOUT)
@@ -163,16 +203,18 @@ class _Restarter:
         self._reported = False
         self._ended_iteration = -1
         self._last: QuorumAnswer | None = None
-        self.call = CallWrapper(self._interrupter)
+        self.call = CallWrapper(self._interrupter, self._page)
         self._groups.install()
         self._rendezvous.install()
+        self._page.timeouts = wrapper.timeouts
         self._page.wrapped = True
-        self._session = Session(environment, self._give_up)
+        self._session = Session(environment, self._give_up, Signs(self._page).ask)
 
     def __enter__(self) -> _Restarter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._page.enter(Phase.OUTSIDE)
         self._session.close()
         self._spare.close()
         self._rendezvous.uninstall()
@@ -196,17 +238,20 @@ class _Restarter:
         result: object = None
         while True:
             self._stamps["joined"] = time.monotonic()
-            quorum = self._session.join(self._last, self._keys, after_fault=after_fault)
+            self._page.enter(Phase.WAITING)
+            quorum = self._session.join(self._keys, after_fault=after_fault)
             if quorum is None:
                 break
             self._last = quorum
             self._stamps["answered"] = time.monotonic()
+            self._page.enter(Phase.WORKING)
             self._take_place(quorum)
             try:
                 if self._state.mode is Mode.ACTIVE:
                     self._enter(quorum)
                     result = self._interrupter.run(quorum.iteration, lambda: self._call(function))
                     self._report_timeline()
+                self._page.enter(Phase.WAITING)
                 if self._session.complete(quorum.iteration):
                     self._leave()
                     self._groups.hang_up()
@@ -278,6 +323,8 @@ class _Restarter:
                 self._spare.prepare(self._last.store)
 
     def _after_fault(self, iteration: int, error: BaseException | None) -> None:
+        forget_open_sections()
+        self._page.enter(Phase.WORKING)
         self._report_timeline()
         self._ended_iteration = iteration
         if error is not None:
@@ -296,7 +343,8 @@ class _Restarter:
         """The user's part of an abort, once in an iteration, by whoever comes first."""
         with self._cutting:
             if self._aborting[0] < iteration:
-                self._aborting = (iteration, self._components.begin_abort(self._state))
+                state = replace(self._state, fn_exception=self._fn_exception)
+                self._aborting = (iteration, self._components.begin_abort(state))
 
     def _leave(self) -> None:
         """Cuts and destroys what the iteration left behind."""
@@ -355,15 +403,33 @@ class _Restarter:
             self._session.stuck()
 
 
-def _call_parameter(function: Callable[..., Any]) -> str | None:
-    """The name of the parameter annotated ``CallWrapper`` (or ``CallWrapper | None``)."""
+def _check_no_group() -> None:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        raise RestartError(
+            "a process group is initialised already, and a restart could not make it anew: "
+            "call init_process_group() inside the wrapped function"
+        )
+
+
+class _Parameter(NamedTuple):
+    """The wrapped function's own parameter for the call's handle, which its callers don't see."""
+
+    name: str
+    position: int
+    """Among those that can be given without their name; beyond all of them where it can't."""
+
+
+def _call_parameter(function: Callable[..., Any]) -> _Parameter | None:
+    """The parameter annotated ``CallWrapper`` (or ``CallWrapper | None``)."""
     try:
         hints: dict[str, Any] = typing.get_type_hints(function)
     except NameError:
         # An annotation that only a type checker can resolve: go by the names as written.
         hints = inspect.get_annotations(function)
-    for name in inspect.signature(function).parameters:
+    for position, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         hint = hints.get(name)
         if hint is CallWrapper or CallWrapper in typing.get_args(hint) or "CallWrapper" in str(hint).split("."):
-            return name
+            named_only = parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            return _Parameter(name, sys.maxsize if named_only else position)
     return None

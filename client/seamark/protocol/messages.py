@@ -118,13 +118,24 @@ class Cause(Part, frozen=True):
     ``kind``: exit (status is the code), signal (status is the signal's number), exception, store (the TCPStore
     service was lost), node (its host was lost), stuck (it could not leave the function), heartbeat (it was not heard of
     for the timeout), gone (its host lives and its process doesn't), left (it said goodbye), discarded (the job's own
-    rank assignment dropped it), injected (a drill).
+    rank assignment dropped it), hang (it gave no sign of life for its timeout), injected (a drill).
     ``communication`` marks an exception that only says that a peer went away: evidence of another's failure, seldom a
     cause.
     """
 
     kind: Literal[
-        "exit", "signal", "exception", "store", "node", "stuck", "heartbeat", "gone", "left", "discarded", "injected"
+        "exit",
+        "signal",
+        "exception",
+        "store",
+        "node",
+        "stuck",
+        "heartbeat",
+        "gone",
+        "left",
+        "discarded",
+        "hang",
+        "injected",
     ]
     status: int = 0
     text: Text = ""
@@ -330,6 +341,7 @@ class LastQuorum(Message, frozen=True):
     members: list[Name]
     completed: bool
     node: Name
+    call: Count = 0
 
 
 class MemberLost(Message, frozen=True):
@@ -395,6 +407,7 @@ class Join(Message, frozen=True):
 
     ``iteration`` and ``restarts`` are those of its last answered quorum, -1 and 0 in a process that had none;
     ``quorum_id`` and ``quorum_members`` likewise: the highest of all joiners is taken as the previous quorum.
+    ``call`` counts the wrapped calls of a process: who is in one has seen those before it completed.
     """
 
     type_id = 20
@@ -412,6 +425,7 @@ class Join(Message, frozen=True):
     quorum_members: list[Name]
     commit_failures: Count = 0
     keys: dict[str, str] = {}
+    call: Count = 0
 
 
 class QuorumAnswer(Message, frozen=True):
@@ -428,6 +442,7 @@ class QuorumAnswer(Message, frozen=True):
     restarts: Count
     members: list[Member]
     store: StoreAddress
+    call: Count = 0
 
 
 class QuorumReset(Message, frozen=True):
@@ -454,16 +469,18 @@ class Complete(Message, frozen=True):
     incarnation: Name
     request: Count
     iteration: Count
+    call: Count = 0
 
 
 class Completed(Message, frozen=True):
-    """All active members completed; sticky."""
+    """All active members completed this wrapped call; sticky."""
 
     type_id = 24
     direction = "lighthouse -> agent -> worker"
     job: Name
     group: Name
     recipients: list[Recipient]
+    call: Count = 0
 
 
 class AbortJob(Message, frozen=True):

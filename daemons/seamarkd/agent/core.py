@@ -53,6 +53,7 @@ from seamark.protocol.messages import (
     WorkersStopped,
     WorkerStarted,
 )
+from seamarkd.agent.hang import Verdict
 from seamarkd.cursor import EventCursor
 from seamarkd.exits import ABORT_EXIT_CODE, discarded_cause, exit_cause
 
@@ -94,6 +95,14 @@ class StartWorker(Struct, frozen=True):
     job: str
     member: str
     incarnation: str
+
+
+class EndWorker(Struct, frozen=True):
+    """Have the keeper end a worker: SIGTERM, and SIGKILL ``grace`` seconds later; at once with a grace of 0."""
+
+    job: str
+    incarnation: str
+    grace: float
 
 
 class SignalWorker(Struct, frozen=True):
@@ -153,6 +162,7 @@ Effect: TypeAlias = (
     | TellWorkers
     | StartWorker
     | SignalWorker
+    | EndWorker
     | StartKeeper
     | StartStore
     | Remember
@@ -175,6 +185,8 @@ class Worker(Struct):
     replaces: str = ""
     replacement: str = ""
     ordered: bool = False
+    hang: str = ""
+    """Why it is being ended: it gave no sign of life."""
 
 
 class Job(Struct):
@@ -388,8 +400,30 @@ class Agent:
         worker = job.workers.get(incarnation) if job else None
         if job is None or worker is None:
             return []
-        cause = Cause(kind="signal", text="killed")
+        cause = Cause(kind="hang", text=worker.hang) if worker.hang else Cause(kind="signal", text="killed")
         return self._lose(now, job, worker, cause, at, how)
+
+    def hangs(
+        self, now: float, job_name: str, incarnation: str, iteration: int, verdict: Verdict, grace: float
+    ) -> list[Effect]:
+        """A worker gives no sign of life: it is interrupted with everybody else, or ended.
+
+        Args:
+            now: seconds.
+            job_name, incarnation: who.
+            iteration: which one it is in.
+            verdict: what its watch says.
+            grace: seconds between SIGTERM and SIGKILL.
+        """
+        job = self.jobs.get(job_name)
+        worker = job.workers.get(incarnation) if job else None
+        if job is None or worker is None or worker.lost or worker.ordered:
+            return []
+        if verdict.kind == "soft":
+            cause = Cause(kind="hang", text=verdict.text)
+            return [ToLighthouse(MemberFaulted(job_name, worker.member, incarnation, iteration, cause, now))]
+        worker.hang = verdict.text
+        return [EndWorker(job_name, incarnation, 0.0 if verdict.kind == "stopped" else grace)]
 
     def exited(
         self,
@@ -413,6 +447,8 @@ class Agent:
         effects: list[Effect] = []
         if not (status == 0 and worker.completed):
             cause = discarded_cause(status) if discarded else exit_cause(status)
+            if worker.hang:
+                cause = Cause(kind="hang", status=cause.status, text=f"{worker.hang}; {cause.text}")
             effects = self._lose(now, job, worker, cause, at, "exit status")
         message = WorkerExited(
             self._next(),
@@ -577,7 +613,13 @@ class Agent:
             members=[member.member for member in answer.members],
             completed=False,
             node=self.node,
+            call=answer.call,
         )
+        for one in answer.recipients:
+            worker = job.workers.get(one.incarnation)
+            if worker is not None:
+                # What it had completed was the call before.
+                worker.completed = False
         present = {member.incarnation for member in answer.members}
         job.losses = [report for report in job.losses if report.incarnation in present]
         if job.store_loss is not None and job.store_loss.store == answer.store:
@@ -592,7 +634,7 @@ class Agent:
                 worker = job.workers.get(one.incarnation)
                 if worker is not None:
                     worker.completed = True
-            if job.quorum is not None:
+            if job.quorum is not None and message.call == job.quorum.call:
                 job.quorum = replace(job.quorum, completed=True)
             # Sticky: a worker that ends now must not be taken for lost by an agent started anew.
             effects.append(Remember(job.name))

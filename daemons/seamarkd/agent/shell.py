@@ -36,6 +36,7 @@ from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.agent.core import (
     Agent,
     Effect,
+    EndWorker,
     ForgetExit,
     Job,
     Remember,
@@ -49,11 +50,12 @@ from seamarkd.agent.core import (
     ToLighthouse,
     ToWorker,
 )
+from seamarkd.agent.hang import HangWatch, Reading
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
 from seamarkd.agent.keeper_client import Process as KeeperProcess
 from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.ports import PortsTaken, candidates
-from seamarkd.agent.watch import DeathWatch, How
+from seamarkd.agent.watch import DeathWatch, How, is_stopped
 from seamarkd.agent.workers import environment, log_path, log_tail, runs_since, threads_per_worker
 from seamarkd.channel import Channel
 
@@ -64,6 +66,7 @@ BEAT_INTERVAL = 0.1
 """Seconds between two beats until the lighthouse says how many it wants."""
 COORDINATOR_BEAT_INTERVAL = 0.5
 PROGRESS_INTERVAL = 0.5
+HANG_INTERVAL = 0.25
 STORE_SLOT = "store"
 
 
@@ -73,6 +76,7 @@ class Process(Struct):
     held: Held
     page: ProgressPage
     watch: DeathWatch
+    hang: HangWatch = field(default_factory=HangWatch)
 
     def close(self) -> None:
         """Lets go of its descriptors."""
@@ -185,7 +189,7 @@ class AgentShell:
         self._hello = NodeHello(self.core.node, self._incarnation, knock, self._slots)
         self._introduce(self._lighthouse)
         self._introduce(self._coordinator)
-        for action in (self._tick, self._beat, self._beat_coordinator, self._report_progress):
+        for action in (self._tick, self._beat, self._beat_coordinator, self._report_progress, self._look_for_hangs):
             self._repeat(action)
 
     async def shut_down(self, grace: float) -> None:
@@ -347,6 +351,8 @@ class AgentShell:
                     self._spawn(self._start_worker(effect))
                 case SignalWorker(job, _, incarnation, signum):
                     self._spawn(self._signal(job, incarnation, signum))
+                case EndWorker(job, incarnation, grace):
+                    self._spawn(self._end_worker(job, incarnation, grace))
                 case StartKeeper():
                     self._spawn(self._start_keeper(effect))
                 case StartStore():
@@ -500,6 +506,13 @@ class AgentShell:
         keeper = await kept.keeper
         await keeper.signal(process.held.process.slot, incarnation, signum)
 
+    async def _end_worker(self, job: str, incarnation: str, grace: float) -> None:
+        if grace:
+            await self._signal(job, incarnation, signal.SIGTERM)
+            await asyncio.sleep(grace)
+        # It has no effect on who has ended meanwhile: the keeper goes by the incarnation.
+        await self._signal(job, incarnation, signal.SIGKILL)
+
     # --- the store -----------------------------------------------------------------------------------------
 
     async def _start_store(self, order: StartStore) -> None:
@@ -609,6 +622,18 @@ class AgentShell:
                 kept.steps = (steps, checkpoints)
                 self._coordinator.send(JobProgress(name, steps, checkpoints))
         return PROGRESS_INTERVAL
+
+    def _look_for_hangs(self) -> float:
+        now = time.monotonic()
+        for name, kept in self._kept.items():
+            for incarnation, process in list(kept.processes.items()):
+                reading = Reading.of(process.page, stopped=is_stopped(process.held.process.pid))
+                verdict = process.hang.look(now, reading)
+                if verdict is not None:
+                    log.warning("job %s: %s: %s", name, process.held.process.slot, verdict.text)
+                    grace = reading.timeouts.grace
+                    self._perform(self.core.hangs(now, name, incarnation, reading.iteration, verdict, grace))
+        return HANG_INTERVAL
 
 
 async def _answer_knock(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -58,6 +58,15 @@ def is_dying(pid: int, pidfd: int) -> bool:
     return bool(flags & _PF_EXITING) or any(int(mask, 16) & _SIGKILL_PENDING for mask in masks)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal stopped the process; one that a debugger holds is not."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split(maxsplit=1)[0] == b"T"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class DeathWatch:
     """Calls back once, at the first sure sign that a worker is dying."""
 

@@ -142,7 +142,8 @@ class IncidentLog:
 
     def _with_exit(self, failure: Failure) -> Failure:
         report = self._exits.get(failure.incarnation)
-        if report is None or failure.kind != "lost":
+        if report is None or failure.kind != "lost" or failure.cause.kind not in ("exit", "signal"):
+            # Who was ended for a reason of ours died of that, and not of the signal.
             return failure
         return replace(failure, cause=exit_cause(report.status))
 

@@ -67,6 +67,8 @@ State = Literal[
     "PENDING", "STARTING", "RUNNING", "RESTARTING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"
 ]
 ENDED: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"})
+FRUITLESS_RESTARTS = 1_000
+"""In an hour without a single ``ping()``: a function that fails at once takes half a minute for so many."""
 STOP_GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL when all workers are stopped."""
 FOLLOW_FOR = 10.0
@@ -183,6 +185,8 @@ class Job(Struct):
     exited: dict[str, str] = field(default_factory=dict)
     """By incarnation: the members whose exits were taken into account."""
     stop_until: float = 0.0
+    fruitless: RestartBudget = field(default_factory=lambda: RestartBudget(FRUITLESS_RESTARTS))
+    """Restarts of either kind that may follow each other without a step between them."""
     processes: dict[str, Process] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
     discarded: set[str] = field(default_factory=set)
@@ -486,17 +490,17 @@ class Coordinator:
             case FailureEvent() | QuorumEvent() | CompletedEvent() | RecoveredEvent() | ReplicaQuorumEvent():
                 job = self.jobs.get(message.job)
                 if job is not None:
-                    effects += self._in_order(job, message)
+                    effects += self._in_order(now, job, message)
             case EventBeat():
                 effects += self._missed(message)
                 effects += self._waiting(message)
             case Snapshot():
-                effects += self._caught_up(message)
+                effects += self._caught_up(now, message)
             case _:
                 pass
         return effects
 
-    def _in_order(self, job: Job, event: Event) -> list[Effect]:
+    def _in_order(self, now: float, job: Job, event: Event) -> list[Effect]:
         """An event after a gap waits for the snapshot that fills it: a quorum closes the incident of its failure."""
         position = self._cursor.position(event.job)
         if event.sequence <= position:
@@ -504,15 +508,15 @@ class Coordinator:
         if event.sequence > position + 1:
             return [ToLighthouse(SnapshotRequest(self._next(), event.job))]
         self._cursor.advance(event.job, event.sequence)
-        return self._event(job, event)
+        return self._event(now, job, event)
 
-    def _event(self, job: Job, event: Event) -> list[Effect]:
+    def _event(self, now: float, job: Job, event: Event) -> list[Effect]:
         """Replica groups are in nobody's roster: what becomes of them changes nothing here."""
         match event:
             case FailureEvent(group=group) if group == RANKS:
                 return self._failure(job, event)
             case QuorumEvent():
-                return self._quorum(job, event)
+                return self._quorum(now, job, event)
             case CompletedEvent():
                 job.sentence = "all ranks completed"
         return []
@@ -521,7 +525,7 @@ class Coordinator:
         behind = [job for job in self._cursor.behind(beat.latest) if job in self.jobs]
         return [ToLighthouse(SnapshotRequest(self._next(), job)) for job in behind]
 
-    def _caught_up(self, snapshot: Snapshot) -> list[Effect]:
+    def _caught_up(self, now: float, snapshot: Snapshot) -> list[Effect]:
         """Events that went past while this daemon, or its connection, was away; those seen before change nothing."""
         job = self.jobs.get(snapshot.job)
         if job is None or job.state in ENDED:
@@ -532,7 +536,7 @@ class Coordinator:
         for event in sorted(events, key=lambda one: one.sequence):
             iteration = event.failure.iteration if isinstance(event, FailureEvent) else event.iteration - 1
             if iteration >= job.iteration:
-                effects += self._event(job, event)
+                effects += self._event(now, job, event)
         return effects
 
     def _roster_taken(self, now: float, answer: Acknowledged) -> list[Effect]:
@@ -650,6 +654,8 @@ class Coordinator:
         job = self.jobs.get(report.job)
         if job is None or job.state in ENDED:
             return []
+        if any(step and step != job.step.get(member) for member, step in report.step.items()):
+            job.fruitless.renew()
         job.step.update(report.step)
         checkpoint = max(report.checkpoint.values(), default=0)
         effects: list[Effect] = []
@@ -667,12 +673,16 @@ class Coordinator:
         job.sentence = f"restarts: {who} {event.failure.kind} ({first_line(event.failure.cause.text)})"
         return self._tell(job)
 
-    def _quorum(self, job: Job, event: QuorumEvent) -> list[Effect]:
+    def _quorum(self, now: float, job: Job, event: QuorumEvent) -> list[Effect]:
         if event.generation != job.generation or event.iteration <= job.iteration:
             return []
         job.incidents.answered(event)
         job.iteration = event.iteration
-        job.restarts = event.restarts
+        again, job.restarts = event.restarts > job.restarts, event.restarts
+        if again and not job.fruitless.spend(now) and job.state == "RUNNING":
+            why = job.sentence.removeprefix("restarts: ")
+            result = f"{FRUITLESS_RESTARTS} restarts followed each other without a ping(); the last: {why}"
+            return self._end(now, job, "FAILED", result)
         job.sentence = "runs"
         return [_persist(job), *self._tell(job)]
 

@@ -113,6 +113,8 @@ class Group:
         self.generation = -1
         self.iteration = -1
         self.restarts = 0
+        self.call = 0
+        """Which wrapped call its members are in, or have completed."""
         self.done = False
         self.reason = "no quorum was asked for yet"
         self.members: dict[str, MemberState] = {}
@@ -133,6 +135,8 @@ class Group:
         self._answered: dict[str, Waiter] = {}
         self._last_answer: QuorumAnswer | None = None
         self._incident: Incident | None = None
+        self._fresh = False
+        """No quorum of this call was answered yet, and it is not the first."""
         self._unheard: set[str] = set()
         self._unheard_until = 0.0
         self._deferred: dict[str, MemberLost | StoreLost] = {}
@@ -192,7 +196,9 @@ class Group:
         self._unheard.discard(last.node)
         if last.generation < self.generation or not last.members:
             return self._all_heard(now)
-        self.done = self.done or last.completed
+        if last.call >= self.call:
+            self.done = last.completed or (self.done and last.call == self.call)
+            self.call, self._fresh = last.call, False
         if self._previous is None or last.quorum_id > self._previous.quorum_id:
             self._previous = PreviousQuorum(last.quorum_id, frozenset(last.members))
             self._active = self._previous.members
@@ -354,24 +360,46 @@ class Group:
         refusal = self._refusal(route, request)
         if refusal is not None:
             return refusal
-        if self.done:
-            return [Send(route, Completed(self.job, self.name, [_recipient(request.member, waiter)]))]
+        if self._has_completed(request.call):
+            return [self._completed(route, request.call, [_recipient(request.member, waiter)])]
+        begun = self._begin_call(now, request.call)
         answered = self._answered.get(request.member)
         if answered is not None and answered.incarnation == request.incarnation:
             if request.request < answered.request:
-                return []
+                return begun
             answer = self._answer_in_force()
             if request.request == answered.request and answer is not None:
                 # It was lost with the agent that should have delivered it.
-                return [Send(route, replace(answer, recipients=[_recipient(request.member, waiter)]))]
+                return [*begun, Send(route, replace(answer, recipients=[_recipient(request.member, waiter)]))]
         earlier = self._joins.get(request.member)
         if earlier is not None:
             waiter.since = earlier[0].since
         self._joins[request.member] = (waiter, request)
         self._expected.pop(request.member, None)
         self._completions.pop(request.member, None)
-        effects = self._unexplained(now, request)
+        effects = [*begun, *self._unexplained(now, request)]
         return [*effects, *self.answer_if_ready(now)] if self._may_be_complete(now) else effects
+
+    def _has_completed(self, call: int) -> bool:
+        return call < self.call or (self.done and call == self.call)
+
+    def _completed(self, route: bytes, call: int, recipients: list[Recipient]) -> Effect:
+        return Send(route, Completed(self.job, self.name, recipients, call))
+
+    def _begin_call(self, now: float, call: int) -> list[Effect]:
+        """The first one of a new wrapped call: all others are on their way to it."""
+        if call <= self.call:
+            return []
+        late = {member: waiter for member, (waiter, _) in self._joins.items()} | self._completions
+        effects = [self._completed(route, self.call, recipients) for route, recipients in _by_route(late).items()]
+        self.call, self.done = call, False
+        self._fresh = True
+        self._active = frozenset()
+        self._incident = None
+        self._joins.clear()
+        self._completions.clear()
+        self._expected = dict.fromkeys(self._living, now + self._start_timeout)
+        return effects
 
     def _may_be_complete(self, now: float) -> bool:
         """False while the decision can only be to wait: every join of many members need not ask for it."""
@@ -401,8 +429,8 @@ class Group:
         if refusal is not None:
             return refusal
         waiter = Waiter(route, request.request, request.incarnation, now)
-        if self.done:
-            return [Send(route, Completed(self.job, self.name, [_recipient(request.member, waiter)]))]
+        if self._has_completed(request.call):
+            return [self._completed(route, request.call, [_recipient(request.member, waiter)])]
         if request.iteration > self.iteration:
             # Answered by a lighthouse before this one: the agent will say so, and the member ask again.
             return []
@@ -421,9 +449,7 @@ class Group:
         waiting.update({member: waiter for member, (waiter, _) in self._joins.items()})
         self._completions.clear()
         self._joins.clear()
-        effects: list[Effect] = [
-            Send(to, Completed(self.job, self.name, recipients)) for to, recipients in _by_route(waiting).items()
-        ]
+        effects = [self._completed(to, self.call, recipients) for to, recipients in _by_route(waiting).items()]
         return [*effects, Publish(self.job, self._events.completed(self.name))]
 
     # --- time and decision ---------------------------------------------------------------------------------
@@ -482,7 +508,9 @@ class Group:
         quorum_id = next_quorum_id(previous, chosen, max(r.commit_failures for r in requests), floor=self._floor)
         known_before = max([self.iteration, self._base_iteration, *(r.iteration for r in requests)])
         iteration = next_iteration([r.iteration for r in requests], self.iteration, self._base_iteration)
-        restarts = max([self.restarts, *(r.restarts for r in requests)]) + (1 if known_before >= 0 else 0)
+        again = known_before >= 0 and not self._fresh
+        restarts = max([self.restarts, *(r.restarts for r in requests)]) + int(again)
+        self._fresh = False
         members = sorted((self._member(request) for request in requests), key=lambda member: member.initial_rank)
         effects: list[Effect] = []
         incident = self._incident
@@ -507,6 +535,7 @@ class Group:
                 restarts,
                 members,
                 self._store,
+                self.call,
             )
             effects.append(Send(route, answer))
             self._last_answer = answer
@@ -573,7 +602,9 @@ class Group:
         if incident is None:
             incident = self._incident = Incident(self.iteration, False, now + EVIDENCE_WINDOW)
         if incident.published or failure.cause.communication:
-            incident.consequences.append(failure)
+            told = (failure.member, failure.cause.kind)
+            if told not in ((one.member, one.cause.kind) for one in incident.consequences):
+                incident.consequences.append(failure)
             return []
         incident.published = True
         return [self._publish(failure), *self._reset(f"{failure.member} failed"), *self.answer_if_ready(now)]
