@@ -2,7 +2,7 @@
 # Runs every check: style, types, tests. Further arguments go to pytest.
 #
 #   scripts/test.sh                                all of it; two tests at a time where that harms neither
-#   scripts/test.sh -m suite                       one part: integration, suite, replicas
+#   scripts/test.sh -m suite                       one part: integration, inprocess, suite, replicas
 #   scripts/test.sh --repeat 10 -m integration     one part ten times, with a summary
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from standalone import standalone
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.inprocess
 
 SCRIPT = """
 import ctypes, json, os, pathlib, signal, sys, time

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from standalone import standalone
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.inprocess
 
 HEAD = """
 import json, os, pathlib, signal, time

@@ -296,7 +296,20 @@ def test_a_worker_that_ends_while_no_agent_lives_is_reported_with_its_status(dir
             async with connection(directory, 2) as second:
                 exited = await second.next_exit()
                 assert (exited.pid, exited.start_time) == (held.process.pid, held.process.start_time)
-                assert exited.status == 5
+                assert (exited.status, exited.discarded) == (5, False)
+
+    play(scenario())
+
+
+def test_a_worker_that_was_dropped_is_told_from_others_also_when_its_page_is_gone(directory: Path) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as first:
+            text = "import sys\nfrom seamark.progress import worker_page\nworker_page('').discarded = True\nsys.exit(1)"
+            held = await first.start("worker", first.script(text))
+            await until(lambda: not running(held.process.pid), "the worker to end")
+            async with connection(directory, 2) as second:
+                (known,) = await second.client.list_processes()
+                assert (known.process.status, known.process.discarded, known.page) == (1, True, -1)
 
     play(scenario())
 

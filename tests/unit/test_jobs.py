@@ -516,8 +516,7 @@ def test_a_function_that_fails_at_once_again_and_again_comes_to_an_end() -> None
     quorums(bench, FRUITLESS_RESTARTS + 1, FRUITLESS_RESTARTS + 1)
     assert (bench.job.state, bench.job.outcome) == ("STOPPING", "FAILED")
     assert bench.job.result == (
-        f"{FRUITLESS_RESTARTS} restarts followed each other without a ping(); "
-        "the last: rank 1 faulted (TypeError: no)"
+        f"{FRUITLESS_RESTARTS} restarts followed each other without a ping(); the last: rank 1 faulted (TypeError: no)"
     )
 
 

@@ -62,6 +62,7 @@ MAX_PACKET_BYTES = 1 << 20
 
 # The progress page, as seamark.progress lays it out; the keeper only makes it.
 PROGRESS_FD = "SEAMARK_PROGRESS_FD"
+PROGRESS_DISCARDED = 8 * 13  # bytes from its beginning
 PROGRESS_NAME = "seamark-progress"
 PROGRESS_BYTES = 4096
 
@@ -618,6 +619,7 @@ class Record:
     status: int | None = None
     core: bool = False
     at: float | None = None
+    discarded: bool = False
 
     def describe(self) -> Message:
         return {name: value for name, value in vars(self).items() if name not in ("pidfd", "page")}
@@ -862,6 +864,8 @@ class Keeper:
             record.status = os.waitstatus_to_exitcode(status)
             record.core = os.WIFSIGNALED(status) and os.WCOREDUMP(status)
             record.at = time.monotonic()
+            # The page goes with the process: whoever asks later hears it from here.
+            record.discarded = any(os.pread(record.page, 8, PROGRESS_DISCARDED))
             self._push_exit(record)
 
     def _push_exit(self, record: Record) -> None:

@@ -77,6 +77,7 @@ class Process(Struct, frozen=True):
         status: None while it lives, then its exit code, or minus the number of the signal that ended it.
         core: whether it left a core dump.
         at: `time.monotonic` when the keeper saw it end.
+        discarded: whether it had said that the job's rank assignment dropped it.
     """
 
     slot: str
@@ -92,6 +93,7 @@ class Process(Struct, frozen=True):
     status: int | None
     core: bool
     at: float | None
+    discarded: bool = False
 
 
 class Held(Struct, frozen=True):
@@ -570,7 +572,8 @@ def _close_all(fds: Sequence[int]) -> None:
 
 
 def _process(message: Message) -> Process:
-    return Process(**{name: message[name] for name in Process.__struct_fields__})
+    # A keeper that was started before this agent's version may say less.
+    return Process(**{name: message[name] for name in Process.__struct_fields__ if name in message})
 
 
 def _held(packet: _Packet) -> Held:

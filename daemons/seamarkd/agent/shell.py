@@ -264,9 +264,7 @@ class AgentShell:
         self._perform(self.core.adopt(time.monotonic(), job, known))
         for held in ended:
             if held.process.status is not None:
-                page = ProgressPage(held.page)
-                self._exited(job.name, held.process, page)
-                page.close()
+                self._exited(job.name, held.process)
             held.close()
         log.info("job %s: took up %d workers", job.name, len(kept.processes))
 
@@ -461,7 +459,7 @@ class AgentShell:
         if how != "pidfd":
             self._perform(self.core.dying(time.monotonic(), job, incarnation, how, at))
 
-    def _exited(self, job: str, ended: KeeperProcess, page: ProgressPage | None = None) -> None:
+    def _exited(self, job: str, ended: KeeperProcess) -> None:
         kept = self._kept.get(job)
         if kept is None or ended.status is None:
             return
@@ -472,8 +470,6 @@ class AgentShell:
                 self._perform(self.core.store_exited(job))
         else:
             process = kept.processes.pop(ended.incarnation, None)
-            page = process.page if process else page
-            discarded = page is not None and page.discarded
             if process is None:
                 kept.ended.add(ended.incarnation)
             else:
@@ -485,7 +481,7 @@ class AgentShell:
             now = time.monotonic()
             at = ended.at if ended.at is not None else now
             effects = self.core.exited(
-                now, job, ended.incarnation, ended.status, at, str(path or ""), tail, discarded=discarded
+                now, job, ended.incarnation, ended.status, at, str(path or ""), tail, discarded=ended.discarded
             )
             self._perform(effects)
         if (ended.slot == STORE_SLOT or not reported) and not kept.ending:

@@ -11,7 +11,7 @@ import pytest
 from standalone import Run, standalone, wait_for
 from suite import suite
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.inprocess
 
 HEAD = """
 import json, os, pathlib, signal, sys, time
