@@ -108,6 +108,7 @@ def first(call: seamark.CallWrapper):
     dist.init_process_group("gloo")
     dist.barrier()
     say(call)
+    dist.barrier()
     if call.iteration == 0 and call.state.rank == 1:
         raise ValueError("one")
     dist.barrier()
@@ -118,6 +119,7 @@ def second(call: seamark.CallWrapper, before):
     dist.init_process_group("gloo")
     dist.barrier()
     say(call)
+    dist.barrier()
     if call.state.restarts == 1 and call.state.rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()

@@ -306,7 +306,8 @@ def test_a_worker_that_was_dropped_is_told_from_others_also_when_its_page_is_gon
         async with keeper(directory) as first:
             text = "import sys\nfrom seamark.progress import worker_page\nworker_page('').discarded = True\nsys.exit(1)"
             held = await first.start("worker", first.script(text))
-            await until(lambda: not running(held.process.pid), "the worker to end")
+            exited = await first.next_exit()
+            assert (exited.pid, exited.discarded) == (held.process.pid, True)
             async with connection(directory, 2) as second:
                 (known,) = await second.client.list_processes()
                 assert (known.process.status, known.process.discarded, known.page) == (1, True, -1)
