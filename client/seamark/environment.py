@@ -14,6 +14,8 @@ MEMBER = "SEAMARK_MEMBER"
 INCARNATION = "SEAMARK_INCARNATION"
 GENERATION = "SEAMARK_GENERATION"
 NODE = "SEAMARK_NODE"
+ALONE = "SEAMARK_ALONE"
+"""Set where a worker has an agent of its own (``seamark.autorestart``): its node's name is in its joins."""
 CHECKPOINT_DIR = "SEAMARK_CHECKPOINT_DIR"
 LIGHTHOUSE_ADDRESS = "SEAMARK_LIGHTHOUSE_ADDRESS"
 LIGHTHOUSE_EVENTS = "SEAMARK_LIGHTHOUSE_EVENTS"
@@ -33,6 +35,7 @@ class WorkerEnvironment:
     node: str
     rank: int
     world_size: int
+    alone: bool = False
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> WorkerEnvironment:
@@ -51,10 +54,12 @@ class WorkerEnvironment:
                 node=environ.get(NODE, ""),
                 rank=int(environ["RANK"]),
                 world_size=int(environ["WORLD_SIZE"]),
+                alone=environ.get(ALONE) == "1",
             )
         except KeyError as error:
             raise MissingEnvironmentError(
                 f"{error.args[0]} is not set: start this script with `seamark run --standalone SCRIPT`, "
+                "or make fork_and_monitor() of seamark.autorestart its first statement, "
                 "or use Wrapper(enabled=False) to run it as it is"
             ) from None
         except ValueError as error:

@@ -26,6 +26,7 @@ _NCCL_ABORT_TIMEOUT = 1.0
 _FIRST_LOOK_AGAIN = 0.001
 _LAST_LOOK_AGAIN = 0.02
 _CALL_TIMEOUT = 1.0
+_DROP_TIMEOUT = 2.0
 
 
 class IterationAborted(RuntimeError):
@@ -62,6 +63,7 @@ class ProcessGroups:
         self._called: set[Socket] = set()
         self._held: list[socket.socket] = []
         self._made: list[Any] = []
+        self._dropping: list[threading.Thread] = []
         self._ready_at: float | None = None
         self._watch = GroupWatch(begins=self._begins, ends=self._ends)
 
@@ -81,8 +83,16 @@ class ProcessGroups:
         self._watch.install()
 
     def uninstall(self) -> None:
-        """Stop seeing groups."""
+        """Stop seeing groups, and wait a moment for those that are being dropped.
+
+        A thread that comes out of Gloo while the interpreter ends is ended by it in the middle of a destructor, which
+        aborts the process.
+        """
         self._watch.uninstall()
+        deadline = time.monotonic() + _DROP_TIMEOUT
+        for dropping in self._dropping:
+            dropping.join(max(0.0, deadline - time.monotonic()))
+        self._dropping.clear()
 
     def adopt(self, client: Any, connection: Socket) -> Any:
         """The ``TCPStore`` client itself, made by ``connect``, whose connection ``cut()`` will cut from now on.
@@ -140,7 +150,9 @@ class ProcessGroups:
             made, self._made = self._made, []
             self._aborted = False
         if made:
-            threading.Thread(target=made.clear, name="seamark-drop-groups", daemon=True).start()
+            dropping = threading.Thread(target=made.clear, name="seamark-drop-groups", daemon=True)
+            dropping.start()
+            self._dropping = [thread for thread in self._dropping if thread.is_alive()] + [dropping]
 
     def hang_up(self) -> None:
         """Close the connections of earlier iterations, once every rank has left them.

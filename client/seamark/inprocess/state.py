@@ -11,6 +11,9 @@ from typing import TypeAlias
 from seamark.inprocess.rank_assignment import Assignment, Place, assign
 from seamark.protocol.messages import Member
 
+NODE_KEY = "node"
+"""What a member names its host by in its joins, where each has an agent of its own, and so a node of its own."""
+
 
 class Mode(enum.Enum):
     """What a rank does in an iteration."""
@@ -119,7 +122,7 @@ def place(
     reason = (ranks.discarded or {}).get(member, "")
     rank = rank_of.get(member, -1)
     mode = Mode.TERMINATED if rank < 0 else Mode.ACTIVE if rank < active else Mode.INACTIVE
-    beside = [one for one in members if one.node == own.node and 0 <= rank_of.get(one.member, -1) < active]
+    beside = [one for one in members if _host(one) == _host(own) and 0 <= rank_of.get(one.member, -1) < active]
     state = State(
         iteration=iteration,
         restarts=restarts,
@@ -135,6 +138,10 @@ def place(
         fn_exception=fn_exception,
     )
     return state, reason
+
+
+def _host(member: Member) -> str:
+    return member.keys.get(NODE_KEY, member.node)
 
 
 def export(state: State) -> None:

@@ -32,7 +32,7 @@ from seamark.inprocess.rendezvous import EnvRendezvous
 from seamark.inprocess.session import Session
 from seamark.inprocess.signs import Signs
 from seamark.inprocess.spare import SpareStore
-from seamark.inprocess.state import Mode, State, export, place
+from seamark.inprocess.state import NODE_KEY, Mode, State, export, place
 from seamark.inprocess.stuck import Stillness
 from seamark.inprocess.timeouts import timeouts
 from seamark.progress import Phase, ProgressPage, worker_page
@@ -187,6 +187,8 @@ class _Restarter:
         self._who = environment
         self._components = wrapper.components
         self._keys = keys_of(self._components.assignment, environment.rank, environment.world_size)
+        if environment.alone:
+            self._keys[NODE_KEY] = environment.node
         self._state = State.from_env()
         self._fn_exception: Exception | None = None
         self._aborting: tuple[int, threading.Thread | None] = (-1, None)

@@ -484,10 +484,10 @@ class Completed(Message, frozen=True):
 
 
 class AbortJob(Message, frozen=True):
-    """A worker asks that the whole job end: RestartAbort."""
+    """A worker asks that the whole job end: RestartAbort. Where there is no coordinator the lighthouse tells all."""
 
     type_id = 25
-    direction = "worker -> agent -> coordinator"
+    direction = "worker -> agent -> coordinator | lighthouse"
     job: Name
     member: Name
     incarnation: Name
@@ -498,7 +498,7 @@ class JobAborted(Message, frozen=True):
     """Somebody ended the whole job: every worker ends as if it had been itself, with exit code 130."""
 
     type_id = 26
-    direction = "agent -> worker"
+    direction = "agent -> worker; lighthouse -> agent"
     job: Name
     reason: Text
 

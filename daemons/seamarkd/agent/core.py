@@ -58,9 +58,9 @@ from seamarkd.cursor import EventCursor
 from seamarkd.exits import ABORT_EXIT_CODE, discarded_cause, exit_cause
 
 RESEND_INTERVAL = 0.5
+"""Seconds between two sendings of a report that nobody acknowledged."""
 ABORT_PATIENCE = 3.0
 """Seconds that workers of an aborted job have to end by themselves, with the exit code that says why."""
-"""Seconds between two sendings of a report that nobody acknowledged."""
 
 
 class ToLighthouse(Struct, frozen=True):
@@ -94,6 +94,13 @@ class StartWorker(Struct, frozen=True):
 
     job: str
     member: str
+    incarnation: str
+
+
+class WatchWorker(Struct, frozen=True):
+    """The worker has named its canaries by now: watch them, too."""
+
+    job: str
     incarnation: str
 
 
@@ -161,6 +168,7 @@ Effect: TypeAlias = (
     | ToWorker
     | TellWorkers
     | StartWorker
+    | WatchWorker
     | SignalWorker
     | EndWorker
     | StartKeeper
@@ -565,7 +573,7 @@ class Agent:
             sentence = f"{hello.member} ({hello.incarnation}) is not a worker that this agent started"
             return [ToWorker(incarnation, Refused(0, "UNKNOWN_MEMBER", sentence, hello.job, hello.member))]
         wraps = self._wraps(hello.job, incarnation) if hello.wrapped else []
-        return [*wraps, ToWorker(incarnation, Welcome(0))]
+        return [*wraps, WatchWorker(hello.job, incarnation), ToWorker(incarnation, Welcome(0))]
 
     def _wraps(self, name: str, incarnation: str) -> list[Effect]:
         """This worker is in the wrapper: it is told of failures, and the coordinator of it."""

@@ -297,7 +297,7 @@ class Store:
     def command_line(self) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.TCPStore", self.host, str(self.port)]
 
-    def run(self) -> None:
+    def run(self, serving: Callable[[], None] = lambda: None) -> None:
         look_up_hosts_in_files()
         distributed = importlib.import_module("torch.distributed")
         # The server brings a client of its own, which must have an address to go to.
@@ -305,6 +305,7 @@ class Store:
         store = distributed.TCPStore(
             host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=self.listener
         )
+        serving()
         while store is not None:
             signal.pause()
 

@@ -9,7 +9,8 @@ import click
 import zmq
 
 from seamarkd import daemon
-from seamarkd.agent.shell import AgentShell, NotThisHostError
+from seamarkd.agent.shell import AgentShell
+from seamarkd.agent.wires import NotThisHostError
 from seamarkd.cli.exit_codes import TERMINATED
 from seamarkd.epoch import next_epoch
 from seamarkd.paths import private

@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,7 @@ from msgspec import Struct, field
 
 from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS, STORE_OFFSET
 from seamark.progress import ProgressPage
-from seamark.protocol.messages import (
-    Beat,
-    BeatAnswer,
-    Event,
-    EventBeat,
-    JobProgress,
-    Message,
-    NodeHello,
-    Snapshot,
-    SnapshotRequest,
-    StoreAddress,
-    Welcome,
-    WorkerHello,
-)
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.messages import JobProgress, StoreAddress
 from seamarkd.agent.core import (
     Agent,
     Effect,
@@ -45,10 +31,7 @@ from seamarkd.agent.core import (
     StartStore,
     StartWorker,
     StopJobHere,
-    TellWorkers,
-    ToCoordinator,
-    ToLighthouse,
-    ToWorker,
+    WatchWorker,
 )
 from seamarkd.agent.hang import HangWatch, Reading
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
@@ -56,15 +39,11 @@ from seamarkd.agent.keeper_client import Process as KeeperProcess
 from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.ports import PortsTaken, candidates
 from seamarkd.agent.watch import DeathWatch, How, is_stopped
+from seamarkd.agent.wires import Wires
 from seamarkd.agent.workers import environment, log_path, log_tail, runs_since, threads_per_worker
-from seamarkd.channel import Channel
 
 log = logging.getLogger(__name__)
 
-TICK = 0.1
-BEAT_INTERVAL = 0.1
-"""Seconds between two beats until the lighthouse says how many it wants."""
-COORDINATOR_BEAT_INTERVAL = 0.5
 PROGRESS_INTERVAL = 0.5
 HANG_INTERVAL = 0.25
 STORE_SLOT = "store"
@@ -111,10 +90,6 @@ class Kept(Struct):
         self.processes.clear()
 
 
-class NotThisHostError(Exception):
-    """The host that others are to reach this one by is no address of it."""
-
-
 class AgentShell:
     """An agent that serves one node.
 
@@ -150,26 +125,20 @@ class AgentShell:
         self._linger = linger
         self._memory = Memory(run_directory / "jobs")
         self._loop = asyncio.get_running_loop()
-        self._incarnation = secrets.token_hex(8)
-        self.address = check_address(f"ipc://{run_directory}/agent")
         # For a Manager or a listener in a worker; what the job's own environment says goes before it.
         self._lighthouse_environment = {LIGHTHOUSE_ADDRESS: lighthouse, LIGHTHOUSE_EVENTS: events}
         self._kept: dict[str, Kept] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._beats = 0
-        self._untold: set[str] = set()
-        self._beat_interval = BEAT_INTERVAL
         self._slots = slots
-        self._hello: NodeHello | None = None
-        self._knocks: asyncio.Server | None = None
-        self._workers = Channel(make_socket(context, zmq.ROUTER), self._on_worker)
-        self._lighthouse = Channel(self._connect(context, lighthouse), self._on_lighthouse)
-        self._coordinator = Channel(self._connect(context, coordinator), self._on_coordinator)
-        subscriber = make_socket(context, zmq.SUB)
-        subscriber.subscribe(b"")
-        subscriber.connect(check_address(events))
-        self._events = Channel(subscriber, self._on_event)
-        self._timers: dict[Callable[[], float], asyncio.TimerHandle] = {}
+        self._wires = Wires(
+            context,
+            self.core,
+            self._perform,
+            address=f"ipc://{run_directory}/agent",
+            lighthouse=lighthouse,
+            events=events,
+            coordinator=coordinator,
+        )
 
     async def start(self) -> None:
         """Takes up what an earlier start of this agent left, and introduces itself to the other daemons.
@@ -179,18 +148,9 @@ class AgentShell:
         """
         await asyncio.gather(*(self._adopt(remembered) for remembered in self._memory.read()))
         # Not before: a worker that is not known yet would be refused, and end.
-        self._workers.socket.bind(self.address)
-        try:
-            self._knocks = await asyncio.start_server(_answer_knock, self._host, 0)
-        except OSError as error:
-            raise NotThisHostError(f"{self._host} is no address of this host ({error.strerror or error})") from None
-        host, port = self._knocks.sockets[0].getsockname()[:2]
-        knock = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-        self._hello = NodeHello(self.core.node, self._incarnation, knock, self._slots)
-        self._introduce(self._lighthouse)
-        self._introduce(self._coordinator)
-        for action in (self._tick, self._beat, self._beat_coordinator, self._report_progress, self._look_for_hangs):
-            self._repeat(action)
+        await self._wires.start(self._host, self._slots)
+        self._wires.repeat(self._report_progress)
+        self._wires.repeat(self._look_for_hangs)
 
     async def shut_down(self, grace: float) -> None:
         """Stops every job of this node, workers by SIGTERM and SIGKILL ``grace`` seconds later, and then serving."""
@@ -202,16 +162,11 @@ class AgentShell:
 
     def close(self) -> None:
         """Stops serving; workers and keepers live on, for the next start of this agent."""
-        for timer in self._timers.values():
-            timer.cancel()
-        if self._knocks is not None:
-            self._knocks.close()
+        self._wires.close()
         for task in self._tasks:
             task.cancel()
         for kept in self._kept.values():
             kept.let_go()
-        for channel in (self._workers, self._lighthouse, self._coordinator, self._events):
-            channel.close()
 
     async def _adopt(self, remembered: Remembered) -> None:
         job = self.core.jobs[remembered.job.name] = remembered.job
@@ -282,69 +237,15 @@ class AgentShell:
         for incarnation in known:
             self._perform(self.core.exited(now, job.name, incarnation, -signal.SIGKILL, now, "", []))
 
-    def _connect(self, context: zmq.Context[Any], address: str) -> zmq.Socket[Any]:
-        socket = make_socket(context, zmq.DEALER, identity=self._incarnation.encode())
-        socket.connect(check_address(address))
-        return socket
-
-    # --- messages ------------------------------------------------------------------------------------------
-
-    def _on_worker(self, route: bytes, message: Message) -> None:
-        incarnation = route.decode(errors="replace")
-        self._perform(self.core.from_worker(time.monotonic(), incarnation, message))
-        if isinstance(message, WorkerHello):
-            kept = self._kept.get(message.job)
-            process = kept.processes.get(message.incarnation) if kept else None
-            if process is not None:
-                process.watch.arm()
-
-    def _on_lighthouse(self, route: bytes, message: Message) -> None:
-        match message:
-            case BeatAnswer(known=False):
-                self._introduce(self._lighthouse)
-            case Welcome():
-                self._beat_interval = message.beat_interval or self._beat_interval
-                self._perform(self.core.registered(time.monotonic()))
-            case Snapshot():
-                self._perform(self.core.heard(message))
-            case _:
-                self._perform(self.core.from_lighthouse(time.monotonic(), message))
-
-    def _on_coordinator(self, route: bytes, message: Message) -> None:
-        match message:
-            case BeatAnswer(known=False):
-                self._introduce(self._coordinator)
-            case Welcome():
-                self._perform(self.core.welcomed(time.monotonic()))
-        self._perform(self.core.from_coordinator(time.monotonic(), message))
-
-    def _introduce(self, daemon: Channel) -> None:
-        if self._hello is not None:
-            daemon.send(self._hello)
-
-    def _on_event(self, topic: bytes, message: Message) -> None:
-        if isinstance(message, Event | EventBeat):
-            self._perform(self.core.heard(message))
-
-    def _tell_workers(self, job: str, message: Message) -> None:
-        for incarnation in self.core.listening(job):
-            if not self._workers.send(message, incarnation.encode()):
-                # It has not come back to this door yet, and asks for nothing while it trains.
-                self._untold.add(job)
-
     # --- effects -------------------------------------------------------------------------------------------
 
     def _perform(self, effects: list[Effect]) -> None:
         for effect in effects:
+            if self._wires.perform(effect):
+                continue
             match effect:
-                case ToLighthouse(message):
-                    self._lighthouse.send(message)
-                case ToCoordinator(message):
-                    self._coordinator.send(message)
-                case ToWorker(incarnation, message):
-                    self._workers.send(message, incarnation.encode())
-                case TellWorkers(job, message):
-                    self._tell_workers(job, message)
+                case WatchWorker(job, incarnation):
+                    self._watch_canaries(job, incarnation)
                 case StartWorker():
                     self._spawn(self._start_worker(effect))
                 case SignalWorker(job, _, incarnation, signum):
@@ -429,7 +330,7 @@ class AgentShell:
             order.member,
             order.incarnation,
             roster.spec.argv,
-            env=self._lighthouse_environment | environment(roster, slot, order.incarnation, self.address),
+            env=self._lighthouse_environment | environment(roster, slot, order.incarnation, self._wires.address),
             cwd=roster.spec.cwd,
             log=str(path),
             num_threads=threads_per_worker(roster.spec),
@@ -453,6 +354,12 @@ class AgentShell:
                 self._dying(job, incarnation, how, at)
 
         return DeathWatch(held.process.pid, held.pidfd, page, dying)
+
+    def _watch_canaries(self, job: str, incarnation: str) -> None:
+        kept = self._kept.get(job)
+        process = kept.processes.get(incarnation) if kept else None
+        if process is not None:
+            process.watch.arm()
 
     def _dying(self, job: str, incarnation: str, how: How, at: float) -> None:
         # The end of the process itself tells nothing that its exit status, on its way, doesn't tell better.
@@ -590,25 +497,6 @@ class AgentShell:
 
     # --- time ----------------------------------------------------------------------------------------------
 
-    def _repeat(self, action: Callable[[], float]) -> None:
-        self._timers[action] = self._loop.call_later(action(), self._repeat, action)
-
-    def _beat(self) -> float:
-        self._beats += 1
-        self._lighthouse.send(Beat(self.core.node, self._incarnation, self._beats))
-        return self._beat_interval
-
-    def _beat_coordinator(self) -> float:
-        self._coordinator.send(Beat(self.core.node, self._incarnation, self._beats))
-        return COORDINATOR_BEAT_INTERVAL
-
-    def _tick(self) -> float:
-        untold, self._untold = self._untold, set()
-        for job in untold:
-            self._lighthouse.send(SnapshotRequest(0, job))
-        self._perform(self.core.tick(time.monotonic()))
-        return TICK
-
     def _report_progress(self) -> float:
         for name, kept in self._kept.items():
             members = {process.held.process.slot: process.page for process in kept.processes.values()}
@@ -616,7 +504,7 @@ class AgentShell:
             checkpoints = {member: page.checkpoint for member, page in members.items()}
             if (steps, checkpoints) != kept.steps:
                 kept.steps = (steps, checkpoints)
-                self._coordinator.send(JobProgress(name, steps, checkpoints))
+                self._wires.tell_coordinator(JobProgress(name, steps, checkpoints))
         return PROGRESS_INTERVAL
 
     def _look_for_hangs(self) -> float:
@@ -630,11 +518,6 @@ class AgentShell:
                     grace = reading.timeouts.grace
                     self._perform(self.core.hangs(now, name, incarnation, reading.iteration, verdict, grace))
         return HANG_INTERVAL
-
-
-async def _answer_knock(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Who knocks wants to know that this host lives: the connection itself says so."""
-    writer.close()
 
 
 async def _logged(work: Awaitable[None]) -> None:

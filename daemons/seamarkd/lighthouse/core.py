@@ -12,12 +12,14 @@ from typing import Any
 from seamark.protocol.messages import (
     ANSWER_EVERY,
     RANKS,
+    AbortJob,
     Acknowledged,
     Beat,
     BeatAnswer,
     Complete,
     EventBeat,
     InjectFailure,
+    JobAborted,
     Join,
     LastQuorum,
     LighthouseStatus,
@@ -88,6 +90,7 @@ class Lighthouse:
             ReplicaLeave: self._replica_leave,
             ReplicaWithdraw: self._replica_withdraw,
             InjectFailure: self._inject,
+            AbortJob: self._abort,
         }
 
     def handle(self, now: float, route: bytes, message: Message) -> list[Effect]:
@@ -177,7 +180,8 @@ class Lighthouse:
         if group is None:
             events, floor = self._log(roster.job), self.epoch << EPOCH_SHIFT
             group = self.groups[roster.job] = Group(roster.job, RANKS, events, floor, self.nodes.last_beat)
-        return [*group.set_roster(now, roster), Send(route, Acknowledged(roster.request))]
+        effects = [*group.set_roster(now, roster), Send(route, Acknowledged(roster.request))]
+        return [*effects, Send(route, JobAborted(roster.job, group.aborted))] if group.aborted else effects
 
     def _report(
         self, now: float, route: bytes, report: MemberStarted | MemberLost | StoreLost | LastQuorum
@@ -212,9 +216,20 @@ class Lighthouse:
         group = self.groups.get(request.job)
         if group is None or request.group != group.name:
             return [Send(route, _unknown_job(request.request, request.job, request.member))]
+        if group.aborted:
+            return [Send(route, JobAborted(request.job, group.aborted))]
         if isinstance(request, Join):
             return group.join(now, route, request)
         return group.complete(now, route, request)
+
+    def _abort(self, now: float, route: bytes, request: AbortJob) -> list[Effect]:
+        """The end of a job that no coordinator has: all its nodes are told, and who comes back later, too."""
+        group = self.groups.get(request.job)
+        if group is None or group.aborted:
+            return []
+        group.aborted = f"{request.member}: {request.reason}"
+        routes = [node.route for name, node in self.nodes.nodes.items() if name in group.nodes]
+        return [Send(to, JobAborted(request.job, group.aborted)) for to in routes]
 
     def _snapshot(self, now: float, route: bytes, request: SnapshotRequest) -> list[Effect]:
         group, replicas = self.groups.get(request.job), self.replicas.get(request.job)

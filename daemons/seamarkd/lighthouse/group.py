@@ -11,7 +11,7 @@ peer") is evidence of somebody else's end and nearly always overtakes the death 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -116,6 +116,8 @@ class Group:
         self.call = 0
         """Which wrapped call its members are in, or have completed."""
         self.done = False
+        self.aborted = ""
+        """Why somebody ended the whole job, where no coordinator is."""
         self.reason = "no quorum was asked for yet"
         self.members: dict[str, MemberState] = {}
         self._living: set[str] = set()
@@ -143,6 +145,11 @@ class Group:
         self._dead: set[str] = set()
         self._in_force: dict[str, FailureEvent] = {}
         """By member: the failures that no quorum was answered after."""
+
+    @property
+    def nodes(self) -> Collection[str]:
+        """Those that its members are on."""
+        return self._on_node.keys()
 
     # --- membership ----------------------------------------------------------------------------------------
 
