@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -325,6 +326,7 @@ class _Monitor:
         self._status = 0
         self._final = False
         self._door = ""
+        self._directory = ""
         self._socket: socket.socket | None = None
         self._companion: _Service | None = None
         self._companions = 0
@@ -467,6 +469,7 @@ class _Monitor:
             "serves": self._companions if place.serves else 0,
             "store_ready": self._store_serves,
             "again": self._companions > 1,
+            "directory": self._directory,
         }
         command = ["seamarkd.agent.companion", str(theirs.fileno()), json.dumps(settings)]
         self._companion = _Service(command, inherit=(theirs.fileno(),))
@@ -494,7 +497,7 @@ class _Monitor:
         word = json.loads(packet)
         match word["is"]:
             case "door":
-                self._door = word["address"]
+                self._door, self._directory = word["address"], word["directory"]
                 self._introduce()
             case "start":
                 self._next = word["incarnation"]
@@ -634,6 +637,9 @@ class _Monitor:
             self._socket.close()
         if self._companion is not None:
             self._companion.end(PARTING)
+        if self._directory:
+            # It is gone already, unless its companion was killed.
+            shutil.rmtree(self._directory, ignore_errors=True)
         if self._store is not None:
             self._store.process.terminate()
             self._store.end(PARTING)

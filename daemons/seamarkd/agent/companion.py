@@ -5,7 +5,7 @@
 ``FD`` is a packet socket to the monitor, ``SETTINGS`` one JSON object. Each packet is one JSON object with ``is``:
 
     from the monitor                               to the monitor
-    started {incarnation, pid, at} + page, pidfd   door {address}
+    started {incarnation, pid, at} + page, pidfd   door {address, directory}
     ended {incarnation, status, at, discarded}     start {incarnation}: whom the others expect next
     last: it will not start it again               last {why}: do not start it again
     store: the TCPStore serves                     alone {why}: the lighthouse is gone, the job is over
@@ -68,6 +68,7 @@ class Settings(Struct, frozen=True):
         lighthouse, events: where the lighthouse answers and publishes.
         serves: whether to be that lighthouse, in its how-manieth life; 0: no.
         store_ready, again: as for ``LoneAgent``.
+        directory: where an earlier companion had the worker's door; empty: none had.
     """
 
     launch: Launch
@@ -77,6 +78,7 @@ class Settings(Struct, frozen=True):
     serves: int
     store_ready: bool
     again: bool
+    directory: str
 
 
 class Process(Struct):
@@ -110,6 +112,7 @@ class Companion:
         self._settings = settings
         self._job = settings.launch.job
         self._monitor = monitor
+        self._directory = directory
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._process: Process | None = None
@@ -144,7 +147,7 @@ class Companion:
         await self._wires.start(self._settings.host, 1)
         self._wires.repeat(self._look)
         self._loop.add_reader(self._monitor, self._on_monitor)
-        self._tell("door", address=self._wires.address)
+        self._tell("door", address=self._wires.address, directory=str(self._directory))
 
     async def close(self) -> None:
         """Says what the lighthouse has to know, for a moment, and stops serving."""
@@ -294,7 +297,7 @@ async def serve(settings: Settings, monitor: socket.socket) -> None:
         NotThisHostError: the host's address is not of this host.
     """
     context: zmq.Context[Any] = zmq.Context()
-    directory = Path(tempfile.mkdtemp(prefix="", dir=run_directory()))
+    directory = Path(settings.directory or tempfile.mkdtemp(prefix="", dir=run_directory()))
     lighthouse = None
     try:
         if settings.serves:

@@ -1,0 +1,136 @@
+"""A monitor's patience, what it reads of launchers, and when it refuses (``seamark.autorestart``)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+
+from seamark.autorestart import MAX_SHORT_LIVES, SHORT_LIFE, Lives, MonitorError, Place, fork_and_monitor
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "run-7",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_TASKS_PER_NODE": "4(x2)",
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "3",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize(
+    ("lived", "delays"),
+    [
+        ([1.0] * 5, [5.0, 10.0, 20.0, 40.0, 60.0]),
+        ([1.0, 1.0, SHORT_LIFE, 1.0], [5.0, 10.0, 5.0, 5.0]),
+        ([SHORT_LIFE] * 3, [5.0, 5.0, 5.0]),
+    ],
+)
+def test_delays_double_while_lives_are_short(lived: list[float], delays: list[float]) -> None:
+    lives, found = Lives(), []
+    for seconds in lived:
+        lives = lives.after(seconds)
+        found.append(lives.delay(5.0))
+    assert found == delays
+
+
+def test_a_first_delay_above_the_longest_stays() -> None:
+    assert Lives(3).delay(90.0) == 90.0
+
+
+def test_ten_short_lives_in_a_row_are_too_many() -> None:
+    lives = Lives()
+    for _ in range(MAX_SHORT_LIVES - 1):
+        lives = lives.after(0.1)
+    assert not lives.too_many
+    assert lives.after(0.1).too_many
+    assert not lives.after(SHORT_LIFE).too_many
+
+
+@pytest.mark.parametrize(("environ", "job", "generation"), [(TORCHRUN, "run-7", 2), (SRUN, "slurm-77.3", 0)])
+def test_a_place_is_read_from_either_launcher(environ: Mapping[str, str], job: str, generation: int) -> None:
+    place = Place.read(environ)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
+    assert (place.job, place.generation, place.member) == (job, generation, f"{job}/5")
+    assert (place.master_addr, place.host, place.serves) == ("127.0.0.1", "127.0.0.1", False)
+    assert (place.lighthouse, place.events) == ("tcp://127.0.0.1:29503", "tcp://127.0.0.1:29504")
+
+
+def test_rank_0_serves_the_lighthouse_unless_one_is_named() -> None:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    assert Place.read(alone).serves
+    assert Place.read(alone).job == "127.0.0.1:29500"
+    named = {"SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://h:1", "SEAMARK_LIGHTHOUSE_EVENTS": "tcp://h:2", "SEAMARK_JOB": "j"}
+    place = Place.read(alone | named)
+    assert (place.serves, place.lighthouse, place.events, place.job) == (False, "tcp://h:1", "tcp://h:2", "j")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"RANK": None}, "RANK or SLURM_PROCID is not set: start this script with torchrun"),
+        ({"RANK": "five"}, "RANK='five' must be a whole number"),
+        ({"RANK": "8"}, "rank 8 of 8 .* is no place in a job"),
+        ({"LOCAL_RANK": "4"}, "local rank 4 of 4"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "10.1.2.3"}, "SEAMARK_INSECURE=1"),
+        ({"MASTER_PORT": "65534"}, "choose one from 1 to 65531"),
+        ({"SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://h:1"}, "set both SEAMARK_LIGHTHOUSE_ADDRESS"),
+    ],
+)
+def test_what_says_too_little_or_contradicts_itself_is_refused(change: dict[str, str | None], sentence: str) -> None:
+    environ = {name: value for name, value in (TORCHRUN | change).items() if value is not None}
+    with pytest.raises(MonitorError, match=sentence):
+        Place.read(environ)
+
+
+def test_a_lighthouse_elsewhere_wants_a_name_for_the_job() -> None:
+    environ = TORCHRUN | {"SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://h:1", "SEAMARK_LIGHTHOUSE_EVENTS": "tcp://h:2"}
+    del environ["TORCHELASTIC_RUN_ID"]
+    with pytest.raises(MonitorError, match="set SEAMARK_JOB to a name"):
+        Place.read(environ)
+
+
+def test_a_negative_delay_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEAMARK_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="0 or more seconds"):
+        fork_and_monitor(restart_delay=-1.0)
+
+
+def test_under_an_agent_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEAMARK_ADDRESS", "ipc:///nowhere")
+    fork_and_monitor()
+
+
+@pytest.mark.parametrize(
+    ("before", "sentence"),
+    [
+        ("import sys; sys.modules['torch'] = sys", "torch is imported already"),
+        ("import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()", "2 threads run"),
+    ],
+)
+def test_a_process_that_must_not_fork_is_refused(before: str, sentence: str) -> None:
+    call = f"{before}\nfrom seamark.autorestart import fork_and_monitor\nfork_and_monitor()"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False, env=TORCHRUN)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert "the first statement" in done.stderr.replace("\n", " ")
+
+
+def test_the_module_needs_the_standard_library_alone() -> None:
+    call = "import seamark.autorestart, sys; print(sorted({'torch', 'zmq', 'msgspec', 'numpy'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", call], text=True).strip() == "[]"

@@ -1,0 +1,105 @@
+"""The agent of one monitored process: what it does where a coordinator would have been."""
+
+from __future__ import annotations
+
+import itertools
+
+from seamark.protocol.messages import (
+    AbortJob,
+    Acknowledged,
+    Join,
+    LastQuorum,
+    MemberLost,
+    MemberStarted,
+    Message,
+    Roster,
+)
+from seamarkd.agent.core import Effect, StartWorker, ToLighthouse
+from seamarkd.agent.lone import Launch, LoneAgent
+
+LAUNCH = Launch("job", 1, 4, 1, 2, 0, "127.0.0.1", 29500, 29502, 100.0, "first")
+
+
+def agent(*, store_ready: bool = True, again: bool = False) -> LoneAgent:
+    names = (f"life-{number}" for number in itertools.count(2))
+    lone = LoneAgent(LAUNCH, lambda: next(names), store_ready=store_ready, again=again)
+    lone.begin(0.0)
+    return lone
+
+
+def told(effects: list[Effect]) -> list[Message]:
+    return [effect.message for effect in effects if isinstance(effect, ToLighthouse)]
+
+
+def join(incarnation: str = "first") -> Join:
+    return Join("job", "ranks", 0, "job/1", incarnation, 1, -1, 0, 0, [], 0)
+
+
+def test_the_roster_is_told_first_and_the_same_by_every_rank() -> None:
+    roster, last, started = told(agent().registered(0.0))
+    assert isinstance(roster, Roster)
+    assert [type(last), type(started)] == [LastQuorum, MemberStarted]
+    assert [slot.member for slot in roster.slots] == [f"job/{rank}" for rank in range(4)]
+    assert [slot.local_rank for slot in roster.slots] == [0, 1, 0, 1]
+    other = LoneAgent(Launch(**{**_fields(LAUNCH), "rank": 3}), lambda: "x", store_ready=True, again=False)
+    other.begin(0.0)
+    theirs = told(other.registered(0.0))[0]
+    assert isinstance(theirs, Roster)
+    assert theirs.slots == roster.slots
+
+
+def _fields(launch: Launch) -> dict[str, object]:
+    return {name: getattr(launch, name) for name in launch.__struct_fields__}
+
+
+def test_a_later_lighthouse_hears_that_the_job_runs_already() -> None:
+    lone = agent()
+    running = [
+        message.running for _ in range(2) for message in told(lone.registered(0.0)) if isinstance(message, Roster)
+    ]
+    assert running == [False, True]
+    (first,) = (message for message in told(agent(again=True).registered(0.0)) if isinstance(message, Roster))
+    assert first.running
+
+
+def test_it_is_quiet_once_all_is_acknowledged() -> None:
+    lone = agent()
+    messages = told(lone.registered(0.0))
+    assert not lone.quiet
+    for message in messages:
+        lone.from_lighthouse(0.0, Acknowledged(message.request))  # type: ignore[attr-defined]
+    assert lone.quiet
+
+
+def test_a_death_names_the_next_life_unless_this_was_the_last() -> None:
+    lone = agent()
+    effects = lone.dying(1.0, "job", "first", "canary", 1.0)
+    (loss,) = told(effects)
+    assert isinstance(loss, MemberLost)
+    assert [effect.incarnation for effect in effects if isinstance(effect, StartWorker)] == [loss.replacement]
+    lone.ended(1.1, "first", -9, 1.1, discarded=False)
+    lone.last_life()
+    (loss,) = told(lone.ended(2.0, loss.replacement, 1, 2.0, discarded=False))
+    assert isinstance(loss, MemberLost)
+    assert loss.replacement == ""
+
+
+def test_a_life_that_nobody_named_is_announced() -> None:
+    lone = agent()
+    (started,) = told(lone.started_anew(0.0, "unheard-of"))
+    assert isinstance(started, MemberStarted)
+    assert started.incarnation == "unheard-of"
+    assert lone.started_anew(0.0, "unheard-of") == []
+
+
+def test_a_join_waits_for_the_store() -> None:
+    lone = agent(store_ready=False)
+    assert told(lone.from_worker(0.0, "first", join())) == []
+    assert told(lone.store_serves()) == [join()]
+    assert told(lone.store_serves()) == []
+    assert told(lone.from_worker(0.0, "first", join())) == [join()]
+
+
+def test_the_end_of_the_job_is_asked_of_the_lighthouse() -> None:
+    request = AbortJob("job", "job/1", "first", "enough")
+    assert told(agent().from_worker(0.0, "first", request)) == [request]
