@@ -55,11 +55,12 @@ def seamark_version() -> str:
 
 
 def seamark_rows(exceptions: int, kills: int) -> list[Row]:
-    """Seamark: one rank raises, one is killed and replaced."""
-    system = systems.seamark(seamark_version())
+    """Seamark: one rank raises, one is killed and replaced, one is killed and nobody takes its place."""
+    system, alone = systems.seamark(seamark_version()), systems.seamark_alone(seamark_version())
     return [
         Row(Scenario(system, "exception", "in process", exceptions)),
         Row(Scenario(system, "kill", "replace", kills)),
+        Row(Scenario(alone, "kill", "shrink", kills, systems.RANKS - 1, faults_per_job=1)),
     ]
 
 
@@ -77,13 +78,14 @@ def nvrx_rows(faults: int, environment: Path) -> list[Row]:
     """nvidia-resiliency-ext: its wrapper, which brings no dead rank back, and its launcher, which does."""
     peer, why = find_peer(environment, "nvidia-resiliency-ext", "nvidia_resiliency_ext.inprocess")
     error = why or None
-    wrapper, launcher = systems.nvrx_inprocess(peer), systems.nvrx_launcher(peer)
     survivors, all_but_its_store = systems.RANKS - 1, range(1, systems.RANKS)
-    return [
-        Row(Scenario(wrapper, "exception", "in process", faults), error=error),
-        Row(Scenario(wrapper, "kill", "shrink", faults, survivors, all_but_its_store, 1), error=error),
-        Row(Scenario(launcher, "kill", "replace", faults), error=error),
-    ]
+    rows = [Row(Scenario(systems.nvrx_launcher(peer), "kill", "replace", faults), error=error)]
+    for wrapper in (systems.nvrx_inprocess(peer), systems.nvrx_inprocess(peer, tuned=True)):
+        rows += [
+            Row(Scenario(wrapper, "exception", "in process", faults), error=error),
+            Row(Scenario(wrapper, "kill", "shrink", faults, survivors, all_but_its_store, 1), error=error),
+        ]
+    return rows
 
 
 def run_rows(rows: list[Row], work: Path, seed: int, deadline: float, run: BenchmarkRun) -> None:

@@ -57,6 +57,10 @@ class Hosts:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        for node, agent in self.agents.items():
+            if agent.poll() is not None:
+                # Its keeper and its workers end with an agent, not without one.
+                self.start_agent(node)
         self._running.close()
 
     def environment(self, host: Host, name: str) -> dict[str, str]:

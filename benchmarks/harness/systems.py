@@ -33,14 +33,34 @@ def seamark(version: str) -> System:
     """`seamark run`, from the sources of this checkout."""
 
     def commands() -> Sequence[Command]:
-        sources = [str(REPOSITORY / "client"), str(REPOSITORY / "daemons")]
-        path = os.pathsep.join(sources + [p for p in [os.environ.get("PYTHONPATH")] if p])
         arguments = [sys.executable, "-m", "seamarkd.cli", "run", "--standalone"]
         arguments += ["--nproc-per-node", str(RANKS), "--restart-policy", "replace"]
         arguments += ["--max-restarts", str(MAX_RESTARTS), str(TRAINING / "train_seamark.py")]
-        return [Command(arguments, {"PYTHONPATH": path})]
+        return [Command(arguments, {"PYTHONPATH": _sources()})]
 
     return System("seamark", version, commands)
+
+
+def seamark_alone(version: str) -> System:
+    """`fork_and_monitor` without a launcher or an agent; who dies is not started again."""
+
+    def commands() -> Sequence[Command]:
+        arguments = [sys.executable, str(TRAINING / "train_seamark_alone.py")]
+        return _by_hand(arguments, free_ports(5), {"PYTHONPATH": _sources()})
+
+    return System("seamark, no agent", version, commands)
+
+
+def _sources() -> str:
+    sources = [str(REPOSITORY / "client"), str(REPOSITORY / "daemons")]
+    return os.pathsep.join(sources + [p for p in [os.environ.get("PYTHONPATH")] if p])
+
+
+def _by_hand(arguments: list[str], port: int, environment: dict[str, str]) -> list[Command]:
+    """Each rank as a launcher would have started it."""
+    job = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+    job["LOCAL_WORLD_SIZE"] = str(RANKS)
+    return [Command(arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), **job}) for rank in range(RANKS)]
 
 
 def torchrun(version: str) -> System:
@@ -73,20 +93,18 @@ def nvrx_launcher(peer: Peer) -> System:
     return System("nvrx ft_launcher", peer.version, lambda: [Command(arguments)])
 
 
-def nvrx_inprocess(peer: Peer) -> System:
-    """The in-process wrapper of nvidia-resiliency-ext at its defaults, its ranks started without a launcher.
+def nvrx_inprocess(peer: Peer, *, tuned: bool = False) -> System:
+    """The in-process wrapper of nvidia-resiliency-ext, its ranks started without a launcher.
 
     Launchers end all ranks when one dies, which would end the wrapper with them. For the same reason there is
-    nobody to be asked to end in order.
+    nobody to be asked to end in order. ``tuned``: its intervals at 50 ms, and so the wait for concurrent faults.
     """
 
     def commands() -> Sequence[Command]:
-        port = str(free_ports(3))
         arguments = [str(peer.python), str(TRAINING / "train_nvrx.py")]
-        job = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [Command(arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), **job}) for rank in range(RANKS)]
+        return _by_hand(arguments, free_ports(3), {"TUNED": "1"} if tuned else {})
 
-    return System("nvrx in-process", peer.version, commands, grace=0.0)
+    return System("nvrx in-process, tuned" if tuned else "nvrx in-process", peer.version, commands, grace=0.0)
 
 
 def free_ports(count: int) -> int:

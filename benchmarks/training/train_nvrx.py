@@ -14,9 +14,12 @@ import torch.distributed as dist
 from loop import Probe, train
 
 MASTER_PORT = int(os.environ["MASTER_PORT"])
+SHORT = datetime.timedelta(milliseconds=50)
+INTERVALS = ("monitor_thread_interval", "monitor_process_interval", "heartbeat_interval", "last_call_wait")
+TUNED = dict.fromkeys((*INTERVALS, "progress_watchdog_interval"), SHORT) if os.environ.get("TUNED") else {}
 
 
-@inprocess.Wrapper(store_kwargs={"port": MASTER_PORT + 2})
+@inprocess.Wrapper(store_kwargs={"port": MASTER_PORT + 2}, **TUNED)
 def run(probe: Probe, store: dist.Store, call: inprocess.CallWrapper | None = None) -> None:
     assert call is not None
     dist.init_process_group(

@@ -80,6 +80,7 @@ def fork_and_monitor(
     restart_delay: float = RESTART_DELAY,
     clean_exit_codes: Collection[int] = CLEAN_EXIT_CODES,
     *,
+    max_restarts: int | None = None,
     insecure: bool = False,
 ) -> None:
     """Returns in a child process that goes on with the script; the caller becomes its monitor, and never returns.
@@ -95,6 +96,8 @@ def fork_and_monitor(
     Args:
         restart_delay: seconds.
         clean_exit_codes: those besides 0 after which nothing is started again.
+        max_restarts: how often it is at most, however long it lived; None: as long as its lives aren't too short. After
+            the last one the other ranks go on without it.
         insecure: accept that ranks and services talk in the clear off loopback, on a network that you trust;
             ``SEAMARK_INSECURE=1`` says the same.
 
@@ -105,17 +108,19 @@ def fork_and_monitor(
 
     Raises:
         MonitorError: torch is imported or a thread runs already; the environment says too little.
-        ValueError: ``restart_delay`` is negative.
+        ValueError: ``restart_delay`` or ``max_restarts`` is negative.
     """
     if names.ADDRESS in os.environ:
         return
     if not 0.0 <= restart_delay < float("inf"):
         raise ValueError(f"restart_delay must be 0 or more seconds, not {restart_delay}")
+    if max_restarts is not None and max_restarts < 0:
+        raise ValueError(f"max_restarts must be 0 or more, not {max_restarts}")
     _check_fresh()
     insecure = insecure or os.environ.get("SEAMARK_INSECURE") == "1"
     place = Place.read(os.environ, insecure=insecure)
     clean = frozenset(clean_exit_codes) | {0}
-    _Monitor(place, restart_delay, clean).run()
+    _Monitor(place, restart_delay, max_restarts, clean).run()
 
 
 def _check_fresh() -> None:
@@ -315,9 +320,10 @@ class _Child(NamedTuple):
 class _Monitor:
     """The monitor of one rank."""
 
-    def __init__(self, place: Place, restart_delay: float, clean: frozenset[int]) -> None:
+    def __init__(self, place: Place, restart_delay: float, max_restarts: int | None, clean: frozenset[int]) -> None:
         self._place = place
         self._delay = restart_delay
+        self._left = max_restarts
         self._clean = clean
         self._lives = Lives()
         self._next = secrets.token_hex(8)
@@ -538,6 +544,8 @@ class _Monitor:
         """True in the child."""
         self._fork_at = None
         incarnation, self._next = self._next, ""
+        if self._left is not None and self._left <= 0:
+            self._last_life()
         page = progress.create()
         parent = os.getpid()
         sys.stdout.flush()
@@ -614,6 +622,8 @@ class _Monitor:
             if self._lives.too_many and status not in self._clean:
                 self._say(f"{_verdict_text(status)}; gives up after {MAX_SHORT_LIVES} short lives")
             self._leave(_verdict(status))
+        if self._left is not None:
+            self._left -= 1
         delay = self._lives.delay(self._delay)
         self._fork_at = time.monotonic() + delay
         self._say(f"{_verdict_text(status)} after {lived:.1f} s: starting again in {delay:g} s")

@@ -38,7 +38,8 @@ _SIGNATURE = _MAGIC << 8 | _VERSION
 # The word of each field. A new field takes a new word; a changed meaning takes a new _VERSION.
 _SIGNED, _OWNER, _INCARNATION, _PINGS, _ITERATION, _STEP, _CHECKPOINT, _WRAPPED, _GOODBYE = range(9)
 _CANARIES = range(9, 9 + MAX_CANARIES)
-_DISCARDED, _PHASE, _SIGNS, _SOFT, _HARD, _GRACE, _INITIAL, _OUTSIDE, _PINGS_BEFORE = range(13, 22)
+_DISCARDED, _PHASE, _SIGNS, _SOFT, _HARD, _GRACE, _INITIAL, _OUTSIDE, _PINGS_BEFORE, _SAFETY = range(13, 23)
+_TIMEOUTS = (_SOFT, _HARD, _GRACE, _INITIAL, _OUTSIDE, _SAFETY)
 # Each open section: its number among all openings (0: closed), its timeout in ms (0: none), its name.
 _SECTION_WORDS, _NAME_WORDS, MAX_SECTIONS = 8, 6, 16
 _SECTIONS = range(32, 32 + _SECTION_WORDS * MAX_SECTIONS, _SECTION_WORDS)
@@ -103,6 +104,8 @@ class Timeouts(NamedTuple):
     """Until the first ``ping()`` of an iteration."""
     outside: float = 0.0
     """Between two sections, once there was one."""
+    safety: float = 0.0
+    """Times what was observed: a limit that is calculated, where that is below the one given; 0.0: none is."""
 
 
 class OpenSection(NamedTuple):
@@ -253,12 +256,12 @@ class ProgressPage:
     @property
     def timeouts(self) -> Timeouts:
         """How long this worker may give no sign of life."""
-        return Timeouts(*(self._words[word] / 1_000 for word in (_SOFT, _HARD, _GRACE, _INITIAL, _OUTSIDE)))
+        return Timeouts(*(self._words[word] / 1_000 for word in _TIMEOUTS))
 
     @timeouts.setter
     def timeouts(self, value: Timeouts) -> None:
-        for word, seconds in zip((_SOFT, _HARD, _GRACE, _INITIAL, _OUTSIDE), value, strict=True):
-            self._words[word] = _ms(seconds)
+        for word, number in zip(_TIMEOUTS, value, strict=True):
+            self._words[word] = _ms(number)
 
     @property
     def discarded(self) -> bool:

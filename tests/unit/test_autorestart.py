@@ -111,6 +111,12 @@ def test_a_negative_delay_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         fork_and_monitor(restart_delay=-1.0)
 
 
+def test_a_negative_number_of_restarts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEAMARK_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="max_restarts must be 0 or more"):
+        fork_and_monitor(max_restarts=-1)
+
+
 def test_under_an_agent_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEAMARK_ADDRESS", "ipc:///nowhere")
     fork_and_monitor()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seamark.progress import OpenSection, Phase, Timeouts
-from seamarkd.agent.hang import HangWatch, Reading
+from seamarkd.agent.hang import WINDOW, HangWatch, Observed, Reading
 
 LIMITS = Timeouts(soft=2.0, hard=3.0, grace=5.0)
 EVERY = 0.25
@@ -177,3 +177,53 @@ def test_nobody_is_judged_before_its_time_and_everybody_soon_after(
         assert soft + more - slack <= first["hard"] <= soft + more + slack
     if quiet < soft - slack:
         assert worker.said == []
+
+
+CALCULATED = Timeouts(soft=60.0, hard=90.0, safety=5.0)
+
+
+def test_a_calculated_timeout_is_so_many_times_what_was_observed() -> None:
+    worker = Worker(limits=CALCULATED)
+    for _ in range(45):
+        worker.go(2.0, signs=True).go(EVERY, pings=True)
+    worker.go(5 * 2.25 - 2 * EVERY, signs=True)
+    assert worker.said == []
+    worker.go(3 * EVERY, signs=True)
+    assert worker.verdicts == ["soft"]
+
+
+def test_nothing_is_calculated_below_what_a_pause_may_take_nor_above_what_was_given() -> None:
+    quick = Worker(limits=CALCULATED).go(30.0, pings=True)
+    assert quick.go(4.5, signs=True).said == []
+    assert quick.go(1.0, signs=True).verdicts == ["soft"]
+    slow = Worker(limits=CALCULATED._replace(soft=8.0))
+    for _ in range(45):
+        slow.go(6.0, signs=True).go(EVERY, pings=True)
+    assert slow.go(8.5, signs=True).verdicts == ["soft"]
+
+
+def test_without_the_option_nothing_is_calculated() -> None:
+    worker = Worker(limits=CALCULATED._replace(safety=0.0)).go(30.0, pings=True)
+    assert worker.go(50.0, signs=True).said == []
+
+
+def test_a_section_has_a_calculated_timeout_of_its_own() -> None:
+    worker = Worker(limits=CALCULATED)
+    for number in range(1, 45):
+        worker.sections = (OpenSection(number, 0.0, "forward"),)
+        worker.go(1.5, signs=True)
+        worker.sections = ()
+        worker.go(EVERY, pings=True)
+    worker.sections = (OpenSection(99, 0.0, "forward"),)
+    worker.go(6.5, signs=True)
+    assert worker.said == []
+    worker.go(2.0, signs=True)
+    assert worker.verdicts == ["soft"]
+    assert "'forward'" in worker.said[0][2]
+
+
+def test_windows_are_merged() -> None:
+    observed = Observed()
+    for seconds in (*[1.0] * (WINDOW - 1), 10.0, *[2.0] * WINDOW):
+        observed.add(seconds)
+    assert observed.limit(5.0, 0.0) == 5.0 * (0.5 * 2.0 + 0.5 * 10.0)

@@ -84,6 +84,15 @@ def test_a_death_names_the_next_life_unless_this_was_the_last() -> None:
     assert loss.replacement == ""
 
 
+def test_whoever_waits_is_told_when_the_monitor_is_gone() -> None:
+    lone = agent()
+    (loss,) = told(lone.dying(1.0, "job", "first", "canary", 1.0))
+    assert isinstance(loss, MemberLost)
+    (never,) = told(lone.left(1.1))
+    assert isinstance(never, MemberLost)
+    assert (never.incarnation, never.replacement) == (loss.replacement, "")
+
+
 def test_a_life_that_nobody_named_is_announced() -> None:
     lone = agent()
     (started,) = told(lone.started_anew(0.0, "unheard-of"))

@@ -36,6 +36,7 @@ from seamark.protocol.messages import (
     QuorumAnswer,
     QuorumReset,
     Refused,
+    SharedState,
     Snapshot,
     Stamps,
     Timeline,
@@ -168,6 +169,10 @@ class Session:
         """Reports what this worker saw of an incident."""
         who = self._who
         self._post(Timeline(who.job, who.member, who.incarnation, ended_iteration, iteration, stamps))
+
+    def share(self, version: int, text: str) -> None:
+        """Reports a change of the job's shared state."""
+        self._post(SharedState(self._who.job, self._who.member, self._who.incarnation, version, text))
 
     def abort_job(self, reason: str) -> None:
         """Asks that the whole job end."""

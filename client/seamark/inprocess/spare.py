@@ -8,6 +8,7 @@ been started anew is useless: the store's incarnation tells.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from seamark.inprocess.abort import connect
@@ -28,10 +29,12 @@ class SpareStore:
         self._address = StoreAddress()
         self._ready: tuple[Any, Socket] | None = None
 
-    def prepare(self, address: StoreAddress) -> None:
-        """Begins to connect the next client, on a thread."""
+    def prepare(self, address: StoreAddress, first: Callable[[Any], None] = lambda _: None) -> None:
+        """Begins to connect the next client, on a thread, where ``first`` may use it before anybody else."""
         self._address = address
-        self._thread = threading.Thread(target=self._connect, args=(address,), name="seamark-spare-store", daemon=True)
+        self._thread = threading.Thread(
+            target=self._connect, args=(address, first), name="seamark-spare-store", daemon=True
+        )
         self._thread.start()
 
     def take(self, address: StoreAddress) -> tuple[Any, Socket]:
@@ -56,9 +59,11 @@ class SpareStore:
         ready, self._ready = self._ready, None
         return ready
 
-    def _connect(self, address: StoreAddress) -> None:
+    def _connect(self, address: StoreAddress, first: Callable[[Any], None]) -> None:
         try:
-            self._ready = connect(address.host, address.port, self._timeout)
+            ready = connect(address.host, address.port, self._timeout)
+            first(ready[0])
+            self._ready = ready
         except RuntimeError:
             # The store is gone: take() will say so when a client is needed.
             self._ready = None

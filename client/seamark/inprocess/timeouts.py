@@ -15,13 +15,19 @@ def timeouts(
     grace: float | timedelta,
     initial: float | timedelta | None,
     outside: float | timedelta | None,
+    safety: float | None = None,
 ) -> Timeouts:
     """The timeouts of a worker; None stands for "for ever".
 
     Raises:
-        ValueError: one of them is not above 0, or the hard one not above the soft one.
+        ValueError: one of them is not above 0, or the hard one not above the soft one; the factor is not above 1.
     """
-    found = Timeouts(*(0.0 if one is None else seconds(one) for one in (soft, hard, grace, initial, outside)))
+    if safety is not None and not 1.0 < safety < float("inf"):
+        raise ValueError(
+            f"timeout_safety_factor={safety:g} must be more than 1: a step may take longer than those before it"
+        )
+    times = [0.0 if one is None else seconds(one) for one in (soft, hard, grace, initial, outside)]
+    found = Timeouts(*times)._replace(safety=safety or 0.0)
     if found.soft and found.hard and found.hard <= found.soft:
         raise ValueError(
             f"hard_timeout={found.hard:g} s must be more than soft_timeout={found.soft:g} s: "

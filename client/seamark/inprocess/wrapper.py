@@ -11,6 +11,7 @@ import functools
 import gc
 import inspect
 import logging
+import os
 import sys
 import threading
 import time
@@ -39,6 +40,8 @@ from seamark.progress import Phase, ProgressPage, worker_page
 from seamark.protocol.messages import QuorumAnswer, Stamps
 from seamark.sections import forget_open_sections
 from seamark.store import counters
+from seamark.store.state_dict import ENVIRONMENT as SHARED_STATE
+from seamark.store.state_dict import StateDict
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +60,15 @@ class CallWrapper:
     Attributes:
         iteration: the restart iteration; it rises at every restart and is never used twice in a job.
         state: rank, world size and the like in this iteration.
+        state_dict: a mapping of strings to plain data (64 kB of JSON) that all ranks share, and that restarts of either
+            kind leave alone: ``call.state_dict["seen"] = n`` on any rank, ``call.state_dict["seen"]`` on all.
         store: a ``torch.distributed.Store`` that is this iteration's alone: pass it to ``init_process_group``, or
             call that plainly, which finds the same store.
     """
 
     iteration: int
     state: State
+    state_dict: StateDict
     store: Any
     ping: Callable[[], None]
     """Call it once per step: it counts progress (a memory write, under a microsecond)."""
@@ -110,6 +116,8 @@ class Wrapper:
         hard_timeout: after so long without either the rank's process is ended, and replaced as the policy says.
         initial_timeout: for the first ``ping()`` of an iteration; None for ever.
         out_of_section_timeout: between two ``seamark.section``s; None for ever.
+        timeout_safety_factor: None, or how many times as long as observed a ``ping()`` or a section may take until it
+            counts as past the soft timeout, if that is sooner (NVRx's launcher takes 5.0).
         termination_grace_time: between SIGTERM and SIGKILL.
         enabled: False returns the function untouched.
         interrupt_signal: the signal that interrupts the main thread; it must have no handler yet.
@@ -138,6 +146,7 @@ class Wrapper:
         hard_timeout: float | timedelta | None = 90.0,
         initial_timeout: float | timedelta | None = None,
         out_of_section_timeout: float | timedelta | None = None,
+        timeout_safety_factor: float | None = None,
         termination_grace_time: float | timedelta = 5.0,
         enabled: bool = True,
         interrupt_signal: int = DEFAULT_SIGNAL,
@@ -149,6 +158,7 @@ class Wrapper:
             grace=termination_grace_time,
             initial=initial_timeout,
             outside=out_of_section_timeout,
+            safety=timeout_safety_factor,
         )
         self.enabled = enabled
         self.interrupt_signal = interrupt_signal
@@ -203,6 +213,7 @@ class _Restarter:
         self._ask_for_replacement_at = 0.0
         self._stamps: dict[str, float] = {}
         self._reported = False
+        self._pinged = -1
         self._ended_iteration = -1
         self._last: QuorumAnswer | None = None
         self.call = CallWrapper(self._interrupter, self._page)
@@ -211,6 +222,7 @@ class _Restarter:
         self._page.timeouts = wrapper.timeouts
         self._page.wrapped = True
         self._session = Session(environment, self._give_up, Signs(self._page).ask)
+        self.call.state_dict = StateDict(os.environ.get(SHARED_STATE, ""), self._session.share)
 
     def __enter__(self) -> _Restarter:
         return self
@@ -307,6 +319,7 @@ class _Restarter:
         if state.active_rank == 0:
             ranks = state.active_world_size
             counters.announce(client, iteration=quorum.iteration, restarts=quorum.restarts, ranks=ranks)
+        self.call.state_dict.bind(client, quorum.store.incarnation)
         store = PrefixStore(counters.process_group_prefix(quorum.iteration), client)
         export(state)
         self._rendezvous.offer(store, state)
@@ -315,14 +328,23 @@ class _Restarter:
 
     def _first_ping(self) -> None:
         """The first ping of an iteration ends the incident's timeline; the others are a memory write."""
-        self._stamps["first_step"] = time.monotonic()
         self._page.ping()
+        if self._pinged == self.call.iteration:
+            # Of a function that has kept the method it began with.
+            return
+        self._pinged = self.call.iteration
+        self._stamps["first_step"] = time.monotonic()
         # Starting a thread takes locks of Python's own, which an interrupt must not leave locked.
         with self._interrupter.atomic():
             self.call.ping = self._page.ping
             self._report_timeline()
             if self._last is not None:
-                self._spare.prepare(self._last.store)
+                self._spare.prepare(self._last.store, self._clear_up)
+
+    def _clear_up(self, client: Any) -> None:
+        """On the spare client's thread: what earlier iterations left in the store."""
+        if self._state.active_rank == 0:
+            counters.forget_before(client, self._state.iteration)
 
     def _after_fault(self, iteration: int, error: BaseException | None) -> None:
         forget_open_sections()
@@ -352,6 +374,7 @@ class _Restarter:
         """Cuts and destroys what the iteration left behind."""
         self._rendezvous.offer(None, None)
         self.call.store = None
+        self.call.state_dict.unbind()
         with self._cutting:
             self._groups.cut()
             self._groups.release()

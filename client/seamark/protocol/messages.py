@@ -17,6 +17,7 @@ VERSION = 1
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 Short = Annotated[str, Meta(max_length=200)]
 Text = Annotated[str, Meta(max_length=16_384)]
+SharedText = Annotated[str, Meta(max_length=65_536)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Iteration = Annotated[int, Meta(ge=-1, le=2**53)]
 """A restart iteration; -1 before the first."""
@@ -307,6 +308,8 @@ class Roster(Message, frozen=True):
     spec: JobSpec
     running: bool = False
     """All workers of this generation were started before: who is not heard of soon is gone."""
+    state: SharedText = ""
+    """The latest that is known of ``call.state_dict``."""
 
 
 class MemberStarted(Message, frozen=True):
@@ -501,6 +504,18 @@ class JobAborted(Message, frozen=True):
     direction = "agent -> worker; lighthouse -> agent"
     job: Name
     reason: Text
+
+
+class SharedState(Message, frozen=True):
+    """What a worker has put into its job's shared state, for the copy that outlives the TCPStore: JSON."""
+
+    type_id = 27
+    direction = "worker -> agent -> coordinator"
+    job: Name
+    member: Name
+    incarnation: Name
+    version: Count
+    text: SharedText
 
 
 # --- events ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Rank 0 of an iteration sets them before it enters; everybody may read them. Noth
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 GLOBAL_ITERATION = "global_iteration_counter"
@@ -37,3 +38,21 @@ def announce(store: Any, *, iteration: int, restarts: int, ranks: int) -> None:
     store.set(ranks_restarted(iteration), str(ranks))
     store.set(GLOBAL_ITERATION, str(iteration))
     store.get(GLOBAL_ITERATION)
+
+
+def forget_before(store: Any, iteration: int) -> None:
+    """Deletes the key spaces of all iterations before this one, which nobody can be in any more.
+
+    Raises:
+        torch.distributed.DistError: the store is gone.
+    """
+    if not hasattr(store, "list_keys"):
+        # Before torch 2.11 a store can't be asked what it holds.
+        return
+    for key in store.list_keys():
+        number = _KEY.match(key)
+        if number is not None and int(number[1]) < iteration:
+            store.delete_key(key)
+
+
+_KEY = re.compile(r"iteration_(\d+)_")

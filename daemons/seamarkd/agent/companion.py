@@ -151,6 +151,7 @@ class Companion:
 
     async def close(self) -> None:
         """Says what the lighthouse has to know, for a moment, and stops serving."""
+        self._perform(self._core.left(time.monotonic()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL):
                 while not self._core.quiet:

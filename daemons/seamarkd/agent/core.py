@@ -39,6 +39,7 @@ from seamark.protocol.messages import (
     QuorumReset,
     Refused,
     Roster,
+    SharedState,
     Snapshot,
     SnapshotRequest,
     StopWorkers,
@@ -551,7 +552,7 @@ class Agent:
                 return [ToLighthouse(message)]
             case MemberStuck():
                 return self._stuck(now, incarnation, message)
-            case Timeline() | AbortJob():
+            case Timeline() | AbortJob() | SharedState():
                 return [ToCoordinator(message)]
             case _:
                 sentence = f"{type(message).__name__} is not a worker's message"

@@ -9,6 +9,7 @@ waits for others, and not while this agent itself was stopped. Pure: readings an
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Literal, NamedTuple
 
 from seamark.progress import OpenSection, Phase, ProgressPage, Timeouts
@@ -19,6 +20,39 @@ PAUSE = 1.0
 """Seconds between two looks; after a longer pause it was the agent, or the whole host, that stood still."""
 REPEAT_INTERVAL = 2.0
 """Seconds after which an unanswered verdict is given again."""
+
+
+WINDOW = 20
+"""So many observations give one figure."""
+SMOOTHING = 0.5
+"""The weight of the latest window: NVRx's launcher merges what it calculates so, too."""
+LEAST_CALCULATED = 5.0
+"""Seconds; a look every quarter of a second is no fine measure, and a short pause is no hang."""
+
+
+class Observed:
+    """How long something took: the longest of each window, merged with those before."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._longest = 0.0
+        self._merged = 0.0
+
+    def add(self, seconds: float) -> None:
+        """It took so long this time."""
+        self._count += 1
+        self._longest = max(self._longest, seconds)
+        if self._count == WINDOW:
+            known = self._merged or self._longest
+            self._merged = SMOOTHING * self._longest + (1 - SMOOTHING) * known
+            self._count, self._longest = 0, 0.0
+
+    def limit(self, safety: float, given: float) -> float:
+        """Seconds that it may take: what was given, or less where enough was observed; 0.0: for ever."""
+        if not safety or not self._merged:
+            return given
+        calculated = max(LEAST_CALCULATED, safety * self._merged)
+        return min(given, calculated) if given else calculated
 
 
 class Reading(NamedTuple):
@@ -65,6 +99,9 @@ class HangWatch:
         self._ping = 0.0
         self._outside = 0.0
         self._opened: dict[int, float] = {}
+        self._names: dict[int, str] = {}
+        self._pings = Observed()
+        self._in_section: defaultdict[str, Observed] = defaultdict(Observed)
         self._had_section = False
         self._stopped: float | None = None
         self._said: tuple[Verdict | None, int, float] = (None, -1, 0.0)
@@ -106,6 +143,8 @@ class HangWatch:
         if last is not None and reading.signs != last.signs:
             self._sign = now
         if last is not None and reading.pings != last.pings:
+            if not fresh and last.pings != last.pings_before:
+                self._pings.add(now - self._ping)
             self._ping = self._sign = now
         if reading.sections or not self._had_section:
             self._outside = now
@@ -113,7 +152,12 @@ class HangWatch:
         if any(one.timeout for one in reading.sections):
             # What has a time of its own is not held to the general one.
             self._sign = self._ping = now
-        self._opened = {one.number: self._opened.get(one.number, now) for one in reading.sections}
+        open_now = {one.number: one.name for one in reading.sections}
+        for number, name in self._names.items():
+            if number not in open_now and not fresh:
+                self._in_section[name].add(now - self._opened[number])
+        self._names = open_now
+        self._opened = {number: self._opened.get(number, now) for number in open_now}
         self._stopped = (now if self._stopped is None else self._stopped) if reading.stopped else None
 
     def _judge(self, now: float, reading: Reading) -> Verdict | None:
@@ -127,10 +171,14 @@ class HangWatch:
             (now - self._sign, limits.soft, "ran no Python"),
             (now - self._ping, limits.initial, "did not call ping() the first time")
             if first
-            else (now - self._ping, limits.soft, "did not call ping()"),
+            else (now - self._ping, self._pings.limit(limits.safety, limits.soft), "did not call ping()"),
             (now - self._outside, limits.outside, "was in no section"),
             *(
-                (now - self._opened[one.number], one.timeout, f"has been in section {one.name!r}")
+                (
+                    now - self._opened[one.number],
+                    self._limit_of(one, limits.safety),
+                    f"has been in section {one.name!r}",
+                )
                 for one in reading.sections
             ),
         ]
@@ -144,3 +192,7 @@ class HangWatch:
             return None
         over, sentence = max(late)
         return Verdict("hard" if limits.hard > 0 and over >= more else "soft", sentence)
+
+    def _limit_of(self, section: OpenSection, safety: float) -> float:
+        known = self._in_section.get(section.name)
+        return known.limit(safety, section.timeout) if known else section.timeout

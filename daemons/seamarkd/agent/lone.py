@@ -7,6 +7,7 @@ the process is started again is its monitor's to decide. Pure, as ``core`` is.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 from msgspec import Struct
@@ -150,12 +151,25 @@ class LoneAgent(Agent):
 
     def last_life(self) -> None:
         """Its monitor will not start it again."""
-        self.jobs[self._launch.job].allowance = 0
+        if self._launch.job in self.jobs:
+            self.jobs[self._launch.job].allowance = 0
 
     def ended(self, now: float, incarnation: str, status: int, at: float, *, discarded: bool) -> list[Effect]:
         """The process has ended; ``status`` as in ``exited``."""
         effects = self.exited(now, self._launch.job, incarnation, status, at, "", [], discarded=discarded)
         self.jobs[self._launch.job].exited.clear()
+        return effects
+
+    def left(self, now: float) -> list[Effect]:
+        """The monitor is gone: whom the others expect will not come."""
+        self.last_life()
+        job = self.jobs.get(self._launch.job)
+        if job is None:
+            return []
+        awaited = [worker.incarnation for worker in job.workers.values() if not worker.pid and worker.replaces]
+        effects: list[Effect] = []
+        for incarnation in awaited:
+            effects += self.ended(now, incarnation, -signal.SIGKILL, now, discarded=False)
         return effects
 
     def store_serves(self) -> list[Effect]:

@@ -10,6 +10,7 @@ import psutil
 
 from seamark import environment as names
 from seamark.protocol.messages import JobSpec, Roster, Slot
+from seamark.store.state_dict import ENVIRONMENT as SHARED_STATE
 
 START_TOLERANCE = 1.0
 """Seconds; the kernel keeps the start of a process in hundredths."""
@@ -43,6 +44,8 @@ def environment(roster: Roster, slot: Slot, incarnation: str, address: str) -> d
         names.GENERATION: str(roster.generation),
         names.NODE: slot.node,
     }
+    if roster.state:
+        env[SHARED_STATE] = roster.state
     if spec.checkpoint_dir:
         env[names.CHECKPOINT_DIR] = spec.checkpoint_dir
     return env

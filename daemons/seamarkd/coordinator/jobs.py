@@ -41,6 +41,7 @@ from seamark.protocol.messages import (
     Refused,
     ReplicaQuorumEvent,
     Roster,
+    SharedState,
     Slot,
     Snapshot,
     SnapshotRequest,
@@ -111,6 +112,8 @@ class JobRecord(Struct, frozen=True):
     finished: list[str] = []
     discarded: list[str] = []
     exited: dict[str, str] = {}
+    state_version: int = 0
+    state_text: str = ""
 
 
 class ToLighthouse(Struct, frozen=True):
@@ -194,6 +197,9 @@ class Job(Struct):
     step: dict[str, int] = field(default_factory=dict)
     checkpoint: int = 0
     wrapped: bool = False
+    state_version: int = 0
+    """Of what its workers share (``call.state_dict``)."""
+    state_text: str = ""
     log_tail: list[str] = field(default_factory=list)
     incidents: IncidentLog = field(default_factory=IncidentLog)
     followers: dict[bytes, float] = field(default_factory=dict)
@@ -230,6 +236,7 @@ class Coordinator:
             WorkersStopped: self._workers_stopped,
             JobProgress: self._progress,
             Timeline: self._timeline,
+            SharedState: self._shared_state,
             AbortJob: self._abort,
             Acknowledged: lambda now, route, message: [],
         }
@@ -332,6 +339,8 @@ class Coordinator:
                 master_port=record.master_port,
                 request=self._next(),
                 exited=dict(record.exited),
+                state_version=record.state_version,
+                state_text=record.state_text,
                 finished=set(record.finished),
                 discarded=set(record.discarded),
                 checkpoint=record.checkpoint,
@@ -473,6 +482,7 @@ class Coordinator:
             allowance=job.budget.remaining(now),
             spec=job.spec,
             running=job.state == "RUNNING",
+            state=job.state_text,
         )
 
     def from_lighthouse(self, now: float, message: Message) -> list[Effect]:
@@ -701,6 +711,13 @@ class Coordinator:
             return []
         return [_persist(job)]
 
+    def _shared_state(self, now: float, route: bytes, report: SharedState) -> list[Effect]:
+        job = self.jobs.get(report.job)
+        if job is None or job.state in ENDED or report.version <= job.state_version:
+            return []
+        job.state_version, job.state_text = report.version, report.text
+        return [_persist(job)]
+
     # --- stopping ------------------------------------------------------------------------------------------
 
     def _end(self, now: float, job: Job, outcome: State, result: str) -> list[Effect]:
@@ -834,6 +851,8 @@ def record(job: Job) -> JobRecord:
         finished=sorted(job.finished),
         discarded=sorted(job.discarded),
         exited=dict(job.exited),
+        state_version=job.state_version,
+        state_text=job.state_text,
     )
 
 
