@@ -563,3 +563,15 @@ def test_events_of_a_lighthouse_that_was_replaced_are_nothing() -> None:
     agent.heard(EventBeat(2, {}, {}))
     assert agent.heard(event(1, epoch=1)) == []
     assert agent.heard(event(1, epoch=2)) == [TellWorkers("job", event(1, epoch=2))]
+
+
+def test_a_store_that_is_elsewhere_now_can_come_back_here() -> None:
+    agent = Agent("n0", itertools.count().__next__)  # type: ignore[arg-type]
+    agent.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
+    agent.store_started("job", STORE, 20000)
+    there = msgspec.structs.replace(roster(), store=STORE, store_node="n0")
+    agent.from_coordinator(NOW, there)
+    away = msgspec.structs.replace(there, store=StoreAddress("10.0.0.2", 20402, "store-9"), store_node="n1")
+    assert Remember("job") in agent.from_coordinator(NOW, away)
+    assert agent.store_exited("job") == [], "what is left of the old one is nobody's store"
+    assert any(isinstance(one, StartStore) for one in agent.from_coordinator(NOW, PrepareJob(4, spec(), store=True)))

@@ -689,3 +689,36 @@ def test_who_still_waits_to_complete_when_others_are_further_is_told() -> None:
     bench.join(0, 1, 2, call=1)
     (completed,) = bench.sent(Completed)
     assert ([one.member for one in completed.recipients], completed.call) == (["job/3"], 0)
+
+
+def test_a_quorum_waits_for_the_store_whose_host_was_lost() -> None:
+    bench = Bench(min_members=1)
+    slots = [msgspec.structs.replace(slot, node=f"n{slot.rank // 2}") for slot in roster(1).slots]
+    spread = msgspec.structs.replace(roster(1, min_members=1), slots=slots, store_node="n0")
+    bench.do(bench.group.set_roster(bench.now, spread))
+    for member in members():
+        bench.start(member, generation=1)
+    bench.join(0, 1, 2, 3, generation=1)
+    bench.do(bench.group.node_lost(bench.now, "n0"))
+    bench.join(2, 3, generation=1)
+    assert len(bench.sent(QuorumAnswer)) == len(members())
+    assert bench.group.reason == "waits for another TCPStore: node n0, where it was, is gone"
+    moved = StoreAddress("10.0.0.2", 29502, "s1")
+    bench.do(bench.group.store_lost(bench.now, StoreLost(0, "job", 1, moved, bench.now, "n1")))
+    answer = bench.sent(QuorumAnswer)[-1]
+    assert (answer.iteration, answer.store) == (1, moved)
+    assert [member.member for member in answer.members] == ["job/2", "job/3"]
+    assert {event.failure.member for event in bench.published(FailureEvent)} == {"job/0", "job/1"}
+
+
+def test_the_return_of_the_stores_host_ends_the_wait() -> None:
+    bench = Bench(min_members=1)
+    spread = msgspec.structs.replace(roster(1, min_members=1), store_node="n9")
+    bench.do(bench.group.set_roster(bench.now, spread))
+    for member in members():
+        bench.start(member, generation=1)
+    bench.do(bench.group.node_lost(bench.now, "n9"))
+    bench.join(0, 1, 2, 3, generation=1)
+    assert bench.sent(QuorumAnswer) == []
+    bench.do(bench.group.node_returned(bench.now, "n9"))
+    assert len(bench.sent(QuorumAnswer)) == len(members())

@@ -26,11 +26,13 @@ from seamark.protocol.messages import (
     QuorumEvent,
     Refused,
     Roster,
+    SharedState,
     Snapshot,
     SnapshotRequest,
     StopJob,
     StopWorkers,
     StoreAddress,
+    StoreLost,
     StoreReady,
     SubmitJob,
     WorkerExited,
@@ -527,3 +529,76 @@ def test_restarts_with_steps_between_them_are_not_counted() -> None:
     bench.send(JobProgress("job", {"job/0": 1}, {"job/0": 0}))
     quorums(bench, FRUITLESS_RESTARTS + 1, FRUITLESS_RESTARTS + 5)
     assert bench.job.state == "RUNNING"
+
+
+# --- what outlives the store --------------------------------------------------------------------------------
+
+
+def test_the_latest_of_what_workers_share_is_durable_and_goes_with_the_roster() -> None:
+    bench = Bench()
+    bench.run()
+    effects = bench.send(SharedState("job", "job/0", "g0r0", 2, "two"))
+    assert [effect.record.state_text for effect in effects if isinstance(effect, Persist)] == ["two"]
+    assert bench.send(SharedState("job", "job/1", "g0r1", 1, "one")) == [], "an older one, come late"
+    again = Coordinator(2)
+    again.restore(bench.now, [(record(bench.job), [])])
+    assert again.jobs["job"].state_version == 2
+    bench.exit(0, 1)
+    bench.all_stopped()
+    (roster,) = (effect.message for effect in bench.said if isinstance(effect, ToLighthouse))
+    assert isinstance(roster, Roster)
+    assert roster.state == "two"
+
+
+def lost_node(node: str, rank: int, sequence: int) -> FailureEvent:
+    cause = Cause(kind="node", text=f"node {node} is gone")
+    failure = Failure("lost", f"job/{rank}", f"g0r{rank}", rank, node, 0, cause, -1.0, 0.0, 0.0, "missed heartbeats")
+    return FailureEvent("job", RANKS, 1, sequence, failure)
+
+
+MOVED = StoreAddress("10.0.0.2", 20402, "s1")
+
+
+def spread() -> Bench:
+    """A job on two nodes, with its store on the first."""
+    bench = Bench(nodes=2, min_nodes=1, max_nodes=2, nproc_per_node=1)
+    bench.run()
+    assert bench.job.store_node == "n0"
+    return bench
+
+
+def test_a_store_whose_host_was_lost_is_started_on_another_node() -> None:
+    bench = spread()
+    effects = bench.core.from_lighthouse(bench.now, lost_node("n0", 0, 1))
+    (order,) = bench.told(PrepareJob, effects)
+    assert order.store
+    assert "starts another TCPStore on node n1" in bench.job.sentence
+    moved = bench.send(StoreReady(order.request, "job", "10.0.0.2", 20400, MOVED))
+    (lost,) = (effect.message for effect in moved if isinstance(effect, ToLighthouse))
+    assert isinstance(lost, StoreLost)
+    assert (lost.store, lost.node) == (MOVED, "n1")
+    assert {(one.store, one.store_node, one.master_port) for one in bench.told(Roster, moved)} == {(MOVED, "n1", 20400)}
+    assert [effect.record.store_node for effect in moved if isinstance(effect, Persist)] == ["n1"]
+    bench.now += 5.0
+    assert lost in [effect.message for effect in bench.core.tick(bench.now) if isinstance(effect, ToLighthouse)]
+    bench.core.from_lighthouse(bench.now, Acknowledged(lost.request))
+    bench.now += 5.0
+    messages = [effect.message for effect in bench.core.tick(bench.now) if isinstance(effect, ToLighthouse)]
+    assert not any(isinstance(message, StoreLost) for message in messages)
+
+
+def test_a_node_that_does_not_answer_is_asked_again_and_one_that_is_gone_no_more() -> None:
+    bench = spread()
+    bench.core.from_lighthouse(bench.now, lost_node("n0", 0, 1))
+    bench.now += 5.0
+    assert bench.told(PrepareJob, bench.core.tick(bench.now)) != []
+    bench.now += 60.0
+    assert bench.told(PrepareJob, bench.core.tick(bench.now)) == [], "nobody is there"
+    bench.hello("n1")
+    bench.now += 5.0
+    assert bench.told(PrepareJob, bench.core.tick(bench.now)) != []
+
+
+def test_the_loss_of_another_node_moves_no_store() -> None:
+    bench = spread()
+    assert bench.told(PrepareJob, bench.core.from_lighthouse(bench.now, lost_node("n1", 1, 1))) == []

@@ -310,6 +310,8 @@ class Roster(Message, frozen=True):
     """All workers of this generation were started before: who is not heard of soon is gone."""
     state: SharedText = ""
     """The latest that is known of ``call.state_dict``."""
+    store_node: Short = ""
+    """Where the job's TCPStore is; empty where nobody could move it."""
 
 
 class MemberStarted(Message, frozen=True):
@@ -400,6 +402,8 @@ class StoreLost(Message, frozen=True):
     generation: Count
     store: StoreAddress
     detected_at: Moment
+    node: Short = ""
+    """Where the new one is."""
 
 
 # --- quorum ------------------------------------------------------------------------------------------------

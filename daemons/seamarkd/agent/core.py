@@ -222,6 +222,11 @@ class Job(Struct):
     ended: bool = False
     wrapped: bool = False
 
+    @property
+    def has_store(self) -> bool:
+        """Whether the job's TCPStore is on this node, and serves."""
+        return bool(self.store.port) and bool(self.store_incarnation)
+
 
 class Report(Struct):
     """A report that has to be acknowledged."""
@@ -280,7 +285,7 @@ class Agent:
             return []
         if not order.store:
             return [StartKeeper(job.name)]
-        if job.store.port:
+        if job.has_store:
             return [ToCoordinator(self._store_ready(job))]
         if job.store_incarnation:
             return []
@@ -297,6 +302,8 @@ class Agent:
             return effects
         if job.roster is not None and roster.generation <= job.roster.generation:
             job.allowance = roster.allowance
+            if roster.generation == job.roster.generation and roster.store_node != job.roster.store_node:
+                effects += self._store_is_elsewhere(job, roster)
             return effects
         job.roster = roster
         job.store = roster.store
@@ -319,6 +326,14 @@ class Agent:
             effects.append(self._announce(now, job, worker))
             effects.append(StartWorker(job.name, worker.member, worker.incarnation))
         return effects
+
+    def _store_is_elsewhere(self, job: Job, roster: Roster) -> list[Effect]:
+        """The store's host was lost, and the coordinator has had another one started; perhaps here."""
+        job.roster = roster
+        if job.store.incarnation != roster.store.incarnation:
+            job.store = roster.store
+            job.store_incarnation, job.master_port = "", 0
+        return [Remember(job.name)]
 
     def _announce(self, now: float, job: Job, worker: Worker) -> Effect:
         started = MemberStarted(self._next(), job.name, worker.generation, worker.member, worker.incarnation, self.node)
@@ -365,7 +380,7 @@ class Agent:
     def store_exited(self, job_name: str) -> list[Effect]:
         """The TCPStore service died: a new one on the same port, at once."""
         job = self.jobs[job_name]
-        if job.ended or job.roster is None:
+        if job.ended or job.roster is None or not job.has_store:
             return []
         job.store_incarnation = self._new_incarnation()
         return [Remember(job_name), StartStore(job.name, job.store_incarnation, job.master_port)]

@@ -48,6 +48,7 @@ from seamark.protocol.messages import (
     StopJob,
     StopWorkers,
     StoreAddress,
+    StoreLost,
     StoreReady,
     SubmitJob,
     Timeline,
@@ -80,6 +81,8 @@ NODE_SILENT = 10.0
 """Seconds without a beat after which a node gets no new work, and is not waited for at the end of a job."""
 ROSTER_RETRY = 0.5
 """Seconds after which a roster that the lighthouse has not acknowledged is sent again."""
+MOVE_RETRY = 3.0
+"""Seconds after which a node that was to start another TCPStore is asked again, or another node is."""
 UNHEARD = "waits to hear from its nodes"
 ENDED_KEPT = 1_000
 """Ended jobs that are remembered; the oldest are forgotten first."""
@@ -114,6 +117,7 @@ class JobRecord(Struct, frozen=True):
     exited: dict[str, str] = {}
     state_version: int = 0
     state_text: str = ""
+    store_node: str = ""
 
 
 class ToLighthouse(Struct, frozen=True):
@@ -200,6 +204,12 @@ class Job(Struct):
     state_version: int = 0
     """Of what its workers share (``call.state_dict``)."""
     state_text: str = ""
+    store_node: str = ""
+    moving: str = ""
+    """The node that is to have the job's TCPStore, until it has it."""
+    move_due: float = 0.0
+    store_lost: StoreLost | None = None
+    """What the lighthouse has to know, until it has acknowledged it."""
     log_tail: list[str] = field(default_factory=list)
     incidents: IncidentLog = field(default_factory=IncidentLog)
     followers: dict[bytes, float] = field(default_factory=dict)
@@ -341,6 +351,7 @@ class Coordinator:
                 exited=dict(record.exited),
                 state_version=record.state_version,
                 state_text=record.state_text,
+                store_node=record.store_node,
                 finished=set(record.finished),
                 discarded=set(record.discarded),
                 checkpoint=record.checkpoint,
@@ -441,13 +452,49 @@ class Coordinator:
 
     def _store_ready(self, now: float, route: bytes, report: StoreReady) -> list[Effect]:
         job = self.jobs.get(report.job)
+        if job is not None and job.moving and job.state == "RUNNING" and report.request == job.request:
+            return self._store_moved(now, job, report)
         if job is None or job.state != "STARTING" or report.request != job.request or job.store.port:
             # With a store already: it was asked for again, of a node that introduced itself while it started it.
             return []
-        job.store = report.store
-        job.master_addr = report.master_addr
-        job.master_port = report.master_port
+        self._take_store(job, report, job.slots[0].node)
         return self._new_generation(now, job)
+
+    def _take_store(self, job: Job, report: StoreReady, node: str) -> None:
+        job.store, job.store_node = report.store, node
+        job.master_addr, job.master_port = report.master_addr, report.master_port
+
+    # --- a store whose host was lost (D8) ------------------------------------------------------------------
+
+    def _move_store(self, now: float, job: Job) -> list[Effect]:
+        """On the first of the job's nodes that lives; asked again until one has answered."""
+        nodes = dict.fromkeys(slot.node for slot in job.slots if slot.node != job.store_node)
+        alive = [one for one in nodes if one in self.nodes and now - self.nodes[one].last_beat < NODE_SILENT]
+        job.move_due = now + MOVE_RETRY
+        job.moving = alive[0] if alive else job.store_node
+        if not alive:
+            return self._tell(job)
+        job.request = self._next()
+        job.sentence = f"starts another TCPStore on node {job.moving}: node {job.store_node} is gone"
+        return [*self._to_node(job.moving, PrepareJob(job.request, job.spec, store=True)), *self._tell(job)]
+
+    def _store_moved(self, now: float, job: Job, report: StoreReady) -> list[Effect]:
+        self._take_store(job, report, job.moving)
+        job.moving = ""
+        job.store_lost = StoreLost(self._next(), job.spec.name, job.generation, job.store, now, job.store_node)
+        job.move_due = now + MOVE_RETRY
+        roster = self._to_nodes(job, self._roster(now, job))
+        return [_persist(job), ToLighthouse(job.store_lost), *roster, *self._tell(job)]
+
+    def _keep_moving(self, now: float, job: Job) -> list[Effect]:
+        if now < job.move_due or job.state != "RUNNING":
+            return []
+        if job.moving:
+            return self._move_store(now, job)
+        if job.store_lost is None:
+            return []
+        job.move_due = now + MOVE_RETRY
+        return [ToLighthouse(job.store_lost)]
 
     def _prepare_failed(self, now: float, route: bytes, report: PrepareFailed) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -483,6 +530,7 @@ class Coordinator:
             spec=job.spec,
             running=job.state == "RUNNING",
             state=job.state_text,
+            store_node=job.store_node,
         )
 
     def from_lighthouse(self, now: float, message: Message) -> list[Effect]:
@@ -524,7 +572,7 @@ class Coordinator:
         """Replica groups are in nobody's roster: what becomes of them changes nothing here."""
         match event:
             case FailureEvent(group=group) if group == RANKS:
-                return self._failure(job, event)
+                return self._failure(now, job, event)
             case QuorumEvent():
                 return self._quorum(now, job, event)
             case CompletedEvent():
@@ -552,6 +600,8 @@ class Coordinator:
     def _roster_taken(self, now: float, answer: Acknowledged) -> list[Effect]:
         effects: list[Effect] = []
         for job in self.jobs.values():
+            if job.store_lost is not None and job.store_lost.request == answer.request:
+                job.store_lost = None
             if job.roster_request == answer.request and job.state in ("STARTING", "RUNNING"):
                 job.roster_request = 0
                 effects += self._to_nodes(job, self._roster(now, job))
@@ -677,10 +727,13 @@ class Coordinator:
 
     # --- incidents -----------------------------------------------------------------------------------------
 
-    def _failure(self, job: Job, event: FailureEvent) -> list[Effect]:
+    def _failure(self, now: float, job: Job, event: FailureEvent) -> list[Effect]:
         job.incidents.failed(event)
         who = "the store" if event.failure.rank < 0 else f"rank {event.failure.rank}"
         job.sentence = f"restarts: {who} {event.failure.kind} ({first_line(event.failure.cause.text)})"
+        gone = event.failure.cause.kind == "node" and event.failure.node == job.store_node
+        if gone and not job.moving and job.state == "RUNNING":
+            return self._move_store(now, job)
         return self._tell(job)
 
     def _quorum(self, now: float, job: Job, event: QuorumEvent) -> list[Effect]:
@@ -794,6 +847,7 @@ class Coordinator:
                 effects += self._place(now, job)
             if job.roster_request and now >= job.roster_due:
                 effects += self._announce(now, job)
+            effects += self._keep_moving(now, job)
             if job.stopping and now >= job.stop_until:
                 job.stopping.clear()
                 effects += self._all_stopped(now, job)
@@ -853,6 +907,7 @@ def record(job: Job) -> JobRecord:
         exited=dict(job.exited),
         state_version=job.state_version,
         state_text=job.state_text,
+        store_node=job.store_node,
     )
 
 

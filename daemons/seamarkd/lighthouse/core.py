@@ -167,7 +167,10 @@ class Lighthouse:
 
     def _hello(self, now: float, route: bytes, hello: NodeHello) -> list[Effect]:
         self.nodes.hello(now, route, hello)
-        return [Send(route, Welcome(self.epoch, self.nodes.beat_interval))]
+        effects: list[Effect] = [Send(route, Welcome(self.epoch, self.nodes.beat_interval))]
+        for group in self.groups.values():
+            effects += group.node_returned(now, hello.node)
+        return effects
 
     def _beat(self, now: float, route: bytes, beat: Beat) -> list[Effect]:
         known = self.nodes.beat(now, beat.node, beat.incarnation, route)

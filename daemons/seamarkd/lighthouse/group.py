@@ -129,6 +129,9 @@ class Group:
         self._base_iteration = -1
         self._start_timeout = 0.0
         self._store = StoreAddress()
+        self._store_node = ""
+        self._store_gone = False
+        """Its host was lost: no quorum could use it."""
         self._joins: dict[str, tuple[Waiter, Join]] = {}
         self._expected: dict[str, float] = {}
         self._previous: PreviousQuorum | None = None
@@ -158,6 +161,7 @@ class Group:
         if roster.generation <= self.generation:
             return []
         self._store = roster.store
+        self._store_node, self._store_gone = roster.store_node, False
         self.generation = roster.generation
         self._dead.clear()
         if roster.running:
@@ -308,6 +312,7 @@ class Group:
     def node_lost(self, now: float, node: str) -> list[Effect]:
         """All members of a lost node expire together."""
         effects: list[Effect] = []
+        self._store_gone = self._store_gone or (node == self._store_node != "")
         for member in self._on_node.get(node, ()):
             state = self.members[member]
             if member in self._living:
@@ -318,6 +323,13 @@ class Group:
                 effects += self.lost(now, report)
                 state.presumed = True
         return effects
+
+    def node_returned(self, now: float, node: str) -> list[Effect]:
+        """A node that was lost is heard again; with it a TCPStore that nobody could move."""
+        if not self._store_gone or node != self._store_node:
+            return []
+        self._store_gone = False
+        return self.answer_if_ready(now)
 
     def faulted(self, now: float, report: MemberFaulted) -> list[Effect]:
         """A member left the function by an exception; it will join again."""
@@ -357,7 +369,9 @@ class Group:
             detector="agent",
         )
         self._store = report.store
-        return self._fault(now, failure)
+        self._store_node = report.node or self._store_node
+        self._store_gone = False
+        return [*self._fault(now, failure), *self.answer_if_ready(now)]
 
     # --- requests of members -------------------------------------------------------------------------------
 
@@ -480,6 +494,9 @@ class Group:
     def answer_if_ready(self, now: float) -> list[Effect]:
         """Answers the quorum as soon as its members are there."""
         if not self._joins or self.done:
+            return []
+        if self._store_gone:
+            self.reason = f"waits for another TCPStore: node {self._store_node}, where it was, is gone"
             return []
         if self.recalling and len(self._joins) < len(self.members):
             self.reason = "waits to hear from " + ", ".join(sorted(self._unheard)) + " what the last quorum was"
