@@ -96,16 +96,18 @@ class Hosts:
 
     def submit(self, name: str) -> None:
         """A job of one sleeping worker on each node; returns once they run."""
-        options = ("--nnodes", str(len(self.nodes)), "--name", name, "--preload", "none")
-        command = (str(BIN / "seamark"), "run", *options, str(self.home / "idle.py"))
-        # Its agents end the job, as they do where a terminal is closed: the command would wait for lost ranks.
-        self.start(self.head, "run", *command, end=signal.SIGKILL)
+        self.run(name, "--nnodes", str(len(self.nodes)), "--preload", "none", str(self.home / "idle.py"))
 
         def runs() -> bool:
             jobs = (self.status()["coordinator"] or {}).get("jobs", [])
             return any(job["job"] == name and len(job["pids"]) == job["alive"] == len(self.nodes) for job in jobs)
 
         self.wait(f"job {name}", runs)
+
+    def run(self, name: str, *arguments: str) -> None:
+        """A job under this name, with these arguments of ``seamark run``."""
+        # Its agents end the job, as they do where a terminal is closed: the command would wait for lost ranks.
+        self.start(self.head, "run", str(BIN / "seamark"), "run", "--name", name, *arguments, end=signal.SIGKILL)
 
     def subscribe(self, count: int = 1) -> None:
         """That many subscribers on the head; what they are told goes to ``losses``."""

@@ -149,6 +149,7 @@ def test_a_process_group_that_is_there_already_is_refused():
     [
         ({"soft_timeout": 90.0}, "hard_timeout=90 s must be more than soft_timeout=90 s"),
         ({"soft_timeout": timedelta(minutes=2)}, "hard_timeout=90 s must be more than soft_timeout=120 s"),
+        ({"timeout_safety_factor": 1.0}, "timeout_safety_factor=1 must be more than 1"),
         ({"hard_timeout": 0}, "a timeout must be more than 0 seconds, not 0"),
         ({"termination_grace_time": -1.0}, "a timeout must be more than 0 seconds, not -1.0"),
     ],
@@ -159,9 +160,11 @@ def test_timeouts_that_contradict_each_other_are_refused_at_the_call(arguments, 
 
 
 def test_timeouts_are_seconds_or_timedeltas_or_none():
-    assert seamark.Wrapper().timeouts == (60.0, 90.0, 5.0, 0.0, 0.0)
+    assert seamark.Wrapper().timeouts == (60.0, 90.0, 5.0, 0.0, 0.0, 0.0)
     assert seamark.Wrapper(soft_timeout=None, hard_timeout=None).timeouts[:2] == (0.0, 0.0)
-    assert seamark.Wrapper(soft_timeout=timedelta(seconds=3), initial_timeout=7).timeouts == (3.0, 90.0, 5.0, 7.0, 0.0)
+    found = seamark.Wrapper(soft_timeout=timedelta(seconds=3), initial_timeout=7).timeouts
+    assert found == (3.0, 90.0, 5.0, 7.0, 0.0, 0.0)
+    assert seamark.Wrapper(timeout_safety_factor=5).timeouts.safety == 5.0
 
 
 def test_the_exceptions_are_the_references():
@@ -169,3 +172,10 @@ def test_the_exceptions_are_the_references():
     assert issubclass(TimeoutError, RestartError)
     assert issubclass(inprocess.exceptions.RankDiscarded, RestartError)
     assert not issubclass(RestartAbort, Exception)
+
+
+def test_arguments_of_the_reference_wrapper_are_taken_and_misspelt_ones_are_not() -> None:
+    interval = timedelta(seconds=1)
+    seamark.Wrapper(store_kwargs={"port": 1}, heartbeat_interval=interval, last_call_wait=interval)
+    with pytest.raises(TypeError, match="no argument 'soft_time_out': did you mean soft_timeout"):
+        seamark.Wrapper(soft_time_out=1.0)

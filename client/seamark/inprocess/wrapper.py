@@ -7,6 +7,7 @@ next iteration's store prefix. No rule of membership is here, and no iteration i
 
 from __future__ import annotations
 
+import difflib
 import functools
 import gc
 import inspect
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -121,9 +122,12 @@ class Wrapper:
         termination_grace_time: between SIGTERM and SIGKILL.
         enabled: False returns the function untouched.
         interrupt_signal: the signal that interrupts the main thread; it must have no handler yet.
+        reference_only: arguments of NVRx's wrapper that have nothing to act on here, because nothing polls and the
+            job's TCPStore is no rank's: ``store_factory``, ``store_kwargs``, ``heartbeat_interval``,
+            ``barrier_timeout``, ``last_call_wait`` and the like. Taken, so that a script goes on, and logged.
 
     Raises:
-        TypeError: a component can't be called.
+        TypeError: a component can't be called, or an argument is none of either wrapper.
         ValueError: a timeout is not above 0, or ``hard_timeout`` not above ``soft_timeout``.
 
     Example:
@@ -150,7 +154,9 @@ class Wrapper:
         termination_grace_time: float | timedelta = 5.0,
         enabled: bool = True,
         interrupt_signal: int = DEFAULT_SIGNAL,
+        **reference_only: object,
     ) -> None:
+        _check_reference_only(reference_only)
         self.components = Components(initialize, abort, finalize, health_check, completion, terminate, rank_assignment)
         self.timeouts = timeouts(
             soft=soft_timeout,
@@ -426,6 +432,34 @@ class _Restarter:
             self._ask_for_replacement_at = now + STUCK_AFTER
             log.warning("blocked in a collective that can't be cut free: this process is to be replaced")
             self._session.stuck()
+
+
+_REFERENCE_ONLY = frozenset(
+    {
+        "barrier_timeout",
+        "completion_timeout",
+        "heartbeat_interval",
+        "heartbeat_timeout",
+        "last_call_wait",
+        "monitor_process_interval",
+        "monitor_process_logfile",
+        "monitor_thread_interval",
+        "progress_watchdog_interval",
+        "store_factory",
+        "store_kwargs",
+    }
+)
+
+
+def _check_reference_only(given: Mapping[str, object]) -> None:
+    for name in given:
+        if name not in _REFERENCE_ONLY:
+            known = [*inspect.signature(Wrapper.__init__).parameters, *_REFERENCE_ONLY]
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f": did you mean {nearest[0]}?" if nearest else ""
+            raise TypeError(f"Wrapper has no argument {name!r}{hint}")
+    if given:
+        log.info("Wrapper has no use for %s", ", ".join(sorted(given)))
 
 
 def _check_no_group() -> None:
