@@ -339,7 +339,8 @@ class _Monitor:
         self._store: _Service | None = None
         self._stores = 0
         self._store_serves = place.rank != 0
-        self._kill_at: float | None = None
+        self._ended: dict[str, Any] = {}
+        """The end of a child that no companion has heard of."""
         self._handlers: dict[int, Any] = {}
         self._signals: list[int] = []
         self._woken_by = -1
@@ -360,9 +361,6 @@ class _Monitor:
             self._wait()
             if self._may_fork(time.monotonic()) and self._fork():
                 return
-            if self._kill_at is not None and time.monotonic() >= self._kill_at:
-                self._kill_at = None
-                self._kill(signal.SIGKILL)
 
     def _may_fork(self, now: float) -> bool:
         if self._fork_at is None or now < self._fork_at or not self._door:
@@ -372,8 +370,8 @@ class _Monitor:
         return bool(self._next)
 
     def _wait(self) -> None:
-        deadlines = [at for at in (self._fork_at, self._kill_at) if at is not None and at > time.monotonic()]
-        timeout = max(0.0, min(deadlines) - time.monotonic()) * 1_000 + 1 if deadlines else IDLE * 1_000
+        due = IDLE if self._fork_at is None else max(0.0, self._fork_at - time.monotonic())
+        timeout = (due if due > 0 else IDLE) * 1_000 + 1
         for fd, _ in self._poll.poll(timeout):
             handler = self._on.get(fd)
             if handler is not None:
@@ -521,6 +519,7 @@ class _Monitor:
             self._tell_started(self._child)
         if self._final:
             self._tell("last")
+        self._tell_ended()
 
     def _companion_ended(self) -> None:
         assert self._socket is not None
@@ -561,6 +560,11 @@ class _Monitor:
         self._watch(child.pidfd, self._child_ended)
         self._tell_started(child)
         return False
+
+    def _tell_ended(self) -> None:
+        if self._ended and self._door:
+            self._tell("ended", **self._ended)
+            self._ended = {}
 
     def _tell_started(self, child: _Child) -> None:
         fds = (child.page, child.pidfd)
@@ -609,13 +613,14 @@ class _Monitor:
         status = os.waitstatus_to_exitcode(waited)
         discarded = _discarded(child.page)
         self._child = None
-        self._kill_at = None
         lived = time.monotonic() - child.born
         self._lives = self._lives.after(lived)
         over = self._final or discarded or status in self._clean or self._lives.too_many
         if over:
             self._last_life()
-        self._tell("ended", incarnation=child.incarnation, status=status, at=time.monotonic(), discarded=discarded)
+        self._ended = {"incarnation": child.incarnation, "status": status, "discarded": discarded}
+        self._ended["at"] = time.monotonic()
+        self._tell_ended()
         os.close(child.pidfd)
         os.close(child.page)
         if over:

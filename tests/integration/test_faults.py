@@ -13,7 +13,7 @@ from standalone import standalone
 pytestmark = pytest.mark.inprocess
 
 SCRIPT = """
-import ctypes, json, os, pathlib, signal, sys, time
+import ctypes, json, os, pathlib, signal, sys, threading, time
 import seamark, seamark.inprocess as inprocess
 import torch, torch.distributed as dist
 
@@ -24,6 +24,11 @@ def fail(text="one"):
 
 def fail_while_others_are_in_a_barrier():
     time.sleep(0.2)
+    fail()
+
+def fail_once_the_others_have_completed():
+    # They have: one that returns waits in the wrapper for the others, and says so in its progress page.
+    time.sleep(0.3)
     fail()
 
 def kill_myself(signum):
@@ -52,6 +57,7 @@ FAULTS = [
     (os.abort, (2,), (2,)),
     (kill_rank_0_and_myself, (1,), (0, 1)),
     (lambda: os._exit(130 - 1), (3,), (3,)),
+    (fail_once_the_others_have_completed, (2,), ()),
 ]
 
 def failing_where(phase):
@@ -90,12 +96,22 @@ def train(call: inprocess.CallWrapper, first, *, second):
             (HERE / f"tried-{number}").touch()
         if call.state.rank in ranks:
             fault()
+        elif fault is fail_once_the_others_have_completed:
+            return "too early"
     dist.barrier()
     return first + second
 
+def threads_and_sockets():
+    # The canaries stay: they tell the agent of the end of this process.
+    threads = len(os.listdir("/proc/self/task")) - sum("canary" in one.name for one in threading.enumerate())
+    descriptors = pathlib.Path("/proc/self/fd")
+    return threads, sum(os.readlink(one).startswith("socket:") for one in descriptors.iterdir() if one.is_symlink())
+
+before = threads_and_sockets()
 result = train(40, second=2)
 (HERE / f"result-{os.environ['SEAMARK_MEMBER'].rpartition('/')[2]}").write_text(json.dumps(
-    {"result": result, "RANK": os.environ["RANK"], "group": dist.is_initialized()}
+    {"result": result, "RANK": os.environ["RANK"], "group": dist.is_initialized(),
+     "left": [after - former for former, after in zip(before, threads_and_sockets())]}
 ))
 """
 
@@ -117,7 +133,7 @@ def test_faults_of_every_kind_cost_an_iteration_each(tmp_path: Path) -> None:
         assert run.finish() == 0, run.text() + run.logs()
         incidents = run.incidents()
     tried = len(list(tmp_path.glob("tried-*")))
-    assert tried == 15
+    assert tried == 16
     # One in initialize is a fault of the iteration after the one that it was planned in.
     assert len(incidents) == tried + 1, "\n".join(map(in_short, incidents))
     replaced: dict[int, set[int]] = {number: set() for number in range(tried)}
@@ -132,4 +148,4 @@ def test_faults_of_every_kind_cost_an_iteration_each(tmp_path: Path) -> None:
     assert replaced == {number: expected.get(number, set()) for number in range(tried)}
     for rank in range(4):
         result = json.loads((tmp_path / f"result-{rank}").read_text())
-        assert result == {"result": 42, "RANK": str(rank), "group": False}
+        assert result == {"result": 42, "RANK": str(rank), "group": False, "left": [0, 0]}

@@ -7,12 +7,20 @@ from test_group import KILLED, roster
 from test_manifest import record
 
 from seamark.protocol.messages import (
+    RANKS,
+    AbortJob,
     Acknowledged,
     Beat,
     BeatAnswer,
+    Complete,
+    Completed,
+    JobAborted,
+    Join,
     LastQuorum,
     MemberLost,
+    MemberStarted,
     NodeHello,
+    QuorumAnswer,
     Refused,
     SnapshotRequest,
     SubmitJob,
@@ -76,3 +84,54 @@ def test_a_snapshot_says_where_the_job_stands() -> None:
 def test_a_message_for_another_daemon_is_refused() -> None:
     (refused,) = answers(Lighthouse(1).handle(0.0, b"a", SubmitJob(1, record().spec, "once")))
     assert "not for a lighthouse" in refused.reason
+
+
+def one_run(lighthouse: Lighthouse, submission: str, life: str) -> tuple[list[object], list[object]]:
+    """What its four members are told, from their joins to their completion."""
+    lighthouse.handle(0.0, b"c", msgspec.structs.replace(roster(0), submission=submission))
+    joined, completed = [], []
+    for rank in range(4):
+        member = f"job/{rank}"
+        lighthouse.handle(0.0, b"a", MemberStarted(0, "job", 0, member, f"{life}{rank}", "n0"))
+    for rank in range(4):
+        member = f"job/{rank}"
+        joined += lighthouse.handle(0.0, b"a", Join("job", RANKS, 0, member, f"{life}{rank}", 1, -1, 0, 0, [], 0))
+    for rank in range(4):
+        member = f"job/{rank}"
+        completed += lighthouse.handle(0.0, b"a", Complete("job", RANKS, 0, member, f"{life}{rank}", 2, 0))
+    return answers(joined), answers(completed)
+
+
+def test_a_job_of_a_name_that_was_used_is_another_job() -> None:
+    lighthouse = Lighthouse(1)
+    quorums = []
+    for submission in ("first", "second"):
+        (answer,), (completed,) = one_run(lighthouse, submission, submission)
+        assert isinstance(answer, QuorumAnswer)
+        assert isinstance(completed, Completed)
+        quorums.append(answer.quorum_id)
+    assert quorums[1] > quorums[0], "an id names one member list"
+
+
+def test_without_a_coordinator_a_name_that_was_used_is_refused() -> None:
+    lighthouse = Lighthouse(1)
+    one_run(lighthouse, "", "first")
+    (refused,) = answers(lighthouse.handle(1.0, b"x", roster(0)))
+    assert isinstance(refused, Refused)
+    assert (refused.code, "SEAMARK_JOB" in refused.reason) == ("NAME_TAKEN", True)
+    (known,) = answers(lighthouse.handle(1.0, b"x", msgspec.structs.replace(roster(0), running=True)))
+    assert isinstance(known, Acknowledged), "an agent that was there before"
+
+
+def test_the_end_of_a_job_that_no_coordinator_has_is_told_to_all_and_to_who_comes_later() -> None:
+    lighthouse = Lighthouse(1)
+    lighthouse.handle(0.0, b"a", NodeHello("n0", "i", "ipc:///x", 4))
+    lighthouse.handle(0.0, b"b", NodeHello("other", "i", "ipc:///y", 4))
+    lighthouse.handle(0.0, b"a", roster(0))
+    told = lighthouse.handle(0.0, b"a", AbortJob("job", "job/1", "x", "enough"))
+    assert told == [Send(b"a", JobAborted("job", "job/1: enough"))]
+    assert lighthouse.handle(0.0, b"a", AbortJob("job", "job/2", "y", "again")) == []
+    later = lighthouse.handle(0.0, b"a", Join("job", RANKS, 0, "job/0", "z", 1, -1, 0, 0, [], 0))
+    assert later == told
+    running = msgspec.structs.replace(roster(0), running=True)
+    assert JobAborted("job", "job/1: enough") in answers(lighthouse.handle(0.0, b"a", running))

@@ -33,7 +33,7 @@ def describe(error: BaseException) -> Cause:
 def is_communication_error(error: BaseException) -> bool:
     """True for the errors by which torch.distributed says that another rank is gone."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & {"DistNetworkError", "DistStoreError", "IterationAborted"}:
+    if kinds & {"DistNetworkError", "DistStoreError", "IterationAborted", "StoreUnreachableError"}:
         return True
     return isinstance(error, RuntimeError) and _PEER_WENT_AWAY.search(str(error)) is not None
 

@@ -17,6 +17,10 @@ class HealthCheckError(RestartError):
     """A health check failed: this rank leaves the job."""
 
 
+class StoreUnreachableError(RestartError):
+    """Nobody answers where the job's TCPStore should be."""
+
+
 class TimeoutError(RestartError):
     """A part of a restart took longer than it may."""
 

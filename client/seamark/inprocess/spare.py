@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from seamark.inprocess.abort import connect
+from seamark.inprocess.exceptions import StoreUnreachableError
 from seamark.inprocess.groups import Socket
 from seamark.protocol.messages import StoreAddress
 
@@ -41,12 +42,18 @@ class SpareStore:
         """A connected client of this store: the spare if it is one, else a new one.
 
         Raises:
-            torch.distributed.DistNetworkError: nobody answers.
+            StoreUnreachableError: nobody answers.
         """
         ready = self._collect()
         if ready is not None and self._address == address:
             return ready
-        return connect(address.host, address.port, self._timeout)
+        try:
+            return connect(address.host, address.port, self._timeout)
+        except RuntimeError as error:
+            why = str(error).strip().split("\n", 1)[0]
+            raise StoreUnreachableError(
+                f"the job's TCPStore does not answer on {address.host}:{address.port}: {why}"
+            ) from None
 
     def close(self) -> None:
         """Gives the spare up."""

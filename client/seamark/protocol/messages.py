@@ -312,6 +312,8 @@ class Roster(Message, frozen=True):
     """The latest that is known of ``call.state_dict``."""
     store_node: Short = ""
     """Where the job's TCPStore is; empty where nobody could move it."""
+    submission: Short = ""
+    """Which job of this name; empty where no coordinator is."""
 
 
 class MemberStarted(Message, frozen=True):

@@ -222,6 +222,8 @@ class Companion:
     # --- effects -------------------------------------------------------------------------------------------
 
     def _perform(self, effects: list[Effect]) -> None:
+        if self._core.refused:
+            self._tell("alone", why=self._core.refused)
         if self._core.completed and not self._last:
             self._last = True
             self._tell("last", why="the job has completed")

@@ -19,6 +19,7 @@ from seamark.protocol.messages import (
     JobSpec,
     Join,
     Message,
+    Refused,
     Roster,
     Slot,
     StopWorkers,
@@ -121,6 +122,8 @@ class LoneAgent(Agent):
         self._serves_store = store_ready
         self._held: Join | None = None
         self._told = again
+        self.refused = ""
+        """Why the lighthouse will not have this job."""
 
     @property
     def quiet(self) -> bool:
@@ -189,6 +192,9 @@ class LoneAgent(Agent):
 
     def from_lighthouse(self, now: float, message: Message) -> list[Effect]:
         """As an agent's, and the word that somebody ended the job."""
+        if isinstance(message, Refused) and message.code == "NAME_TAKEN":
+            self.refused = message.reason
+            return []
         if isinstance(message, JobAborted):
             order = StopWorkers(0, message.job, self._launch.generation, STOP_GRACE, True, message.reason or "aborted")
             return self._stop(order)

@@ -531,6 +531,7 @@ class Coordinator:
             running=job.state == "RUNNING",
             state=job.state_text,
             store_node=job.store_node,
+            submission=job.submission,
         )
 
     def from_lighthouse(self, now: float, message: Message) -> list[Effect]:

@@ -116,6 +116,8 @@ class Group:
         self.call = 0
         """Which wrapped call its members are in, or have completed."""
         self.done = False
+        self.submission = ""
+        """Which of the jobs of its name."""
         self.aborted = ""
         """Why somebody ended the whole job, where no coordinator is."""
         self.reason = "no quorum was asked for yet"
@@ -150,6 +152,16 @@ class Group:
         """By member: the failures that no quorum was answered after."""
 
     @property
+    def over(self) -> bool:
+        """Whether its job has completed or was ended."""
+        return self.done or bool(self.aborted)
+
+    @property
+    def quorum_id(self) -> int:
+        """Of the last quorum; 0 before the first."""
+        return self._previous.quorum_id if self._previous else 0
+
+    @property
     def nodes(self) -> Collection[str]:
         """Those that its members are on."""
         return self._on_node.keys()
@@ -160,6 +172,7 @@ class Group:
         """A new roster: higher generations replace the members, the same one is heard again without effect."""
         if roster.generation <= self.generation:
             return []
+        self.submission = roster.submission
         self._store = roster.store
         self._store_node, self._store_gone = roster.store_node, False
         self.generation = roster.generation
@@ -595,7 +608,7 @@ class Group:
         return GroupStatus(
             job=self.job,
             group=self.name,
-            quorum_id=self._previous.quorum_id if self._previous else 0,
+            quorum_id=self.quorum_id,
             reason=self.reason,
             settled=not self.recalling and all(state.incarnation for state in self.members.values() if not state.lost),
             members=[
