@@ -330,6 +330,7 @@ class _Monitor:
         self._child: _Child | None = None
         self._fork_at: float | None = None
         self._status = 0
+        """How the last child ended."""
         self._final = False
         self._door = ""
         self._directory = ""
@@ -507,6 +508,8 @@ class _Monitor:
                 self._next = word["incarnation"]
             case "last":
                 self._final = True
+                if self._child is None and self._door:
+                    self._leave(word["code"] or _verdict(self._status))
             case "alone":
                 self._say(word["why"])
                 self._end_now(1)
@@ -550,9 +553,12 @@ class _Monitor:
         sys.stdout.flush()
         sys.stderr.flush()
         born = time.monotonic()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         pid = os.fork()
         if pid == 0:
             self._become_child(parent, incarnation, page)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if pid == 0:
             return True
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(pid, pid)
@@ -610,7 +616,7 @@ class _Monitor:
         # What it started goes with it; while it isn't reaped, no other group can have its number.
         self._kill(signal.SIGKILL)
         _, waited = os.waitpid(child.pid, 0)
-        status = os.waitstatus_to_exitcode(waited)
+        status = self._status = os.waitstatus_to_exitcode(waited)
         discarded = _discarded(child.page)
         self._child = None
         lived = time.monotonic() - child.born
@@ -682,4 +688,4 @@ def _verdict(status: int) -> int:
 
 
 def _verdict_text(status: int) -> str:
-    return f"exit code {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
+    return f"exit code {status}" if status >= 0 else f"ended by signal {-status} ({signal.strsignal(-status)})"

@@ -22,7 +22,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.effects import Effect, ProbeMember, Publish, Send, Wake
 from seamarkd.lighthouse.events import EventLog
-from seamarkd.lighthouse.replicas import PROBE_AFTER, SURELY_ALIVE, ReplicaGroup, ReplicaOptions
+from seamarkd.lighthouse.replicas import PROBE_AFTER, PUSH_AGAIN, SURELY_ALIVE, ReplicaGroup, ReplicaOptions
 
 T = TypeVar("T", bound=Message)
 TIMEOUT = 5.0
@@ -128,6 +128,9 @@ def test_who_comes_back_is_told_of_what_it_missed_until_it_has_seen_it() -> None
         bench.beat("b", seen=seen)
         told = {one.failure.member for one in bench.sent(FailureEvent)}
         assert {member for member, sequence in lost.items() if sequence > seen} <= told
+        bench.beat("b", seen=seen)
+        assert bench.sent(FailureEvent) == [], "who is slow to read is not sent the more for it"
+        bench.now += PUSH_AGAIN
     assert told == set()
     bench.beat("a", incarnation="a-2")
     bench.join("a", incarnation="a-2")

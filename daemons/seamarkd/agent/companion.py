@@ -7,7 +7,8 @@
     from the monitor                               to the monitor
     started {incarnation, pid, at} + page, pidfd   door {address, directory}
     ended {incarnation, status, at, discarded}     start {incarnation}: whom the others expect next
-    last: it will not start it again               last {why}: do not start it again
+    last: it will not start it again               last {code}: do not start it again; end with this code, if it is
+                                                     not 0, where there is nothing to wait for
     store: the TCPStore serves                     alone {why}: the lighthouse is gone, the job is over
     store_again: it was started anew
 
@@ -44,6 +45,7 @@ from seamarkd.agent.lone import Launch, LoneAgent
 from seamarkd.agent.watch import DeathWatch, How, is_stopped
 from seamarkd.agent.wires import NotThisHostError, Wires
 from seamarkd.cli.exit_codes import CONFIGURATION
+from seamarkd.exits import ABORT_EXIT_CODE
 from seamarkd.lighthouse.shell import LighthouseShell
 from seamarkd.paths import run_directory
 
@@ -226,7 +228,7 @@ class Companion:
             self._tell("alone", why=self._core.refused)
         if self._core.completed and not self._last:
             self._last = True
-            self._tell("last", why="the job has completed")
+            self._tell("last", code=0)
         for effect in effects:
             if self._wires.perform(effect):
                 continue
@@ -261,7 +263,7 @@ class Companion:
         self._signal(incarnation, signal.SIGKILL)
 
     async def _stop(self, order: StopJobHere) -> None:
-        self._tell("last", why="the job was ended")
+        self._tell("last", code=ABORT_EXIT_CODE)
         if self._process is None:
             return
         with contextlib.suppress(TimeoutError):

@@ -59,6 +59,8 @@ SURELY_ALIVE = 1.0
 RIVALS_KEPT = 60.0
 PUSHED_KEPT = 64
 """Failures that are pushed again to a manager whose beat says that it has not seen them."""
+PUSH_AGAIN = 1.0
+"""Seconds that a manager has to see what was pushed: one that is slow to read would be sent the more for it."""
 OVER = -1
 """In the place of an answer: the request was answered by a reset, or withdrawn."""
 FORGET_AFTER = 3_600.0
@@ -84,6 +86,8 @@ class Living(Struct):
     since: int = 0
     """The job's last event when it was answered a quorum: what failed before is not in that."""
     step: int = 0
+    pushed_at: float = -PUSH_AGAIN
+    """When failures were pushed to it last."""
     contested_until: float = 0.0
     """Seconds; up to then another process under its name is refused, for this one was just seen to live."""
 
@@ -154,7 +158,8 @@ class ReplicaGroup:
             return effects
         taken.step = beat.step
         seen = max(beat.seen, taken.since)
-        if self._pushed and self._pushed[-1].sequence > seen:
+        if self._pushed and self._pushed[-1].sequence > seen and now - taken.pushed_at >= PUSH_AGAIN:
+            taken.pushed_at = now
             effects += [Send(route, event) for event in self._pushed if event.sequence > seen]
         if beat.waiting == 0:
             effects += [Send(route, event) for event in self._not_answered(now, beat)]
@@ -267,7 +272,9 @@ class ReplicaGroup:
             self._pushed.append(event)
             effects.append(Publish(self.job, event))
             # Also straight to the other managers: they have no subscription, and their ranks may hang in a collective.
-            effects += [Send(other.route, event) for other in self.members.values()]
+            for other in self.members.values():
+                other.pushed_at = now
+                effects.append(Send(other.route, event))
         return [*effects, *self._reset(", ".join(sorted(causes)) + (" was lost" if len(causes) == 1 else " were lost"))]
 
     def _reset(self, why: str) -> list[Effect]:
