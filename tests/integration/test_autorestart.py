@@ -42,6 +42,9 @@ def say(call):
     keys = ("global_iteration_counter", "job_restart_counter", f"iteration_{call.iteration}_ranks_restart_counter")
     line = {"iteration": call.iteration, "restarts": call.state.restarts, "pid": os.getpid()}
     line["store"] = [int(client.get(key)) for key in keys]
+    line["clock"] = time.time()
+    line["shared"] = len(call.state_dict)
+    call.state_dict[f"{call.iteration}-{call.state.rank}"] = os.getpid()
     line["local"] = [call.state.local_rank, call.state.local_world_size]
     with open(HERE / f"said-{call.state.rank}", "a") as file:
         file.write(json.dumps(line) + "\\n")
@@ -91,10 +94,20 @@ train()
 """
 
 
+AHEAD = """
+import time
+
+_time = time.time
+time.time = lambda: _time() + 60.0
+"""
+
+
 class Launched:
     """A script under monitors of its own, as a launcher starts them; and what its ranks say."""
 
-    def __init__(self, home: Path, text: str, ranks: int, delay: float, runs_under: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, home: Path, text: str, ranks: int, delay: float, runs_under: tuple[str, ...], ahead: tuple[int, ...]
+    ) -> None:
         self.home = home
         self.script = home / "script.py"
         self.script.write_text(FORK.format(delay=delay) + text)
@@ -104,11 +117,16 @@ class Launched:
         self.output = (home / "output").open("w+")
         (port,) = _ports(1)
         self.monitors = []
+        clock = home / "clock"
+        clock.mkdir()
+        (clock / "sitecustomize.py").write_text(AHEAD)
         if runs_under:
             self._start([*runs_under, str(self.script)], env)
             return
         for rank in range(ranks):
             place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+            if rank in ahead:
+                place["PYTHONPATH"] = str(clock)
             place |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             self._start([sys.executable, str(self.script)], env | place)
 
@@ -168,10 +186,16 @@ def _free(port: int) -> bool:
 
 @contextlib.contextmanager
 def launched(
-    home: Path, text: str, *, ranks: int = 1, delay: float = 0.1, runs_under: tuple[str, ...] = ()
+    home: Path,
+    text: str,
+    *,
+    ranks: int = 1,
+    delay: float = 0.1,
+    runs_under: tuple[str, ...] = (),
+    ahead: tuple[int, ...] = (),
 ) -> Iterator[Launched]:
-    """Starts it, and sees to it that nothing of it is left."""
-    made = Launched(home, text, ranks, delay, runs_under)
+    """Starts it, and sees to it that nothing of it is left. ``ahead``: ranks whose hosts' clocks are a minute fast."""
+    made = Launched(home, text, ranks, delay, runs_under, ahead)
     try:
         yield made
     finally:
@@ -258,8 +282,8 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         assert "choose another MASTER_PORT" in second.stderr
 
 
-def test_restarts_of_both_kinds_number_iterations_as_the_diagrams_do(tmp_path: Path) -> None:
-    with launched(tmp_path, TRAIN + BOTH_KINDS, ranks=2) as job:
+def test_restarts_of_both_kinds_number_iterations_as_the_diagrams_do_whatever_the_clocks_say(tmp_path: Path) -> None:
+    with launched(tmp_path, TRAIN + BOTH_KINDS, ranks=2, ahead=(1,)) as job:
         assert job.finish() == [0, 0], job.text()
         for rank in range(2):
             said = job.said(rank)
@@ -272,8 +296,11 @@ def test_restarts_of_both_kinds_number_iterations_as_the_diagrams_do(tmp_path: P
             ]
             assert [one["store"] for one in said] == [[one["iteration"], one["restarts"], 2] for one in said]
             assert all(one["local"] == [rank, 2] for one in said)
+            assert [one["shared"] // 2 for one in said] == [0, 1, 2, 3, 4]
             pids = [one["pid"] for one in said]
             assert pids == [pid for pid, times in zip(job.pids(rank), (2, 2, 1), strict=True) for _ in range(times)]
+        for one, other in zip(job.said(0), job.said(1), strict=True):
+            assert other["clock"] - one["clock"] > 50.0, "a minute ahead"
 
 
 def test_a_job_goes_on_through_the_loss_of_every_part_and_ends_as_asked(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ def say(call):
     keys = ("global_iteration_counter", "job_restart_counter", f"iteration_{iteration}_ranks_restart_counter")
     line = {"iteration": iteration, "restarts": call.state.restarts, "pid": os.getpid()}
     line["store"] = [int(client.get(key)) for key in keys]
+    line["shared"] = len(call.state_dict)
+    call.state_dict[f"{iteration}-{call.state.rank}"] = os.getpid()
     with open(HERE / f"said-{call.state.rank}", "a") as file:
         file.write(json.dumps(line) + "\\n")
 
@@ -89,6 +91,9 @@ def test_restarts_in_process_count_by_one_and_those_across_processes_by_the_next
         assert [one["iteration"] for one in lines] == [0, 1, 100, 101, 200]
         assert [one["restarts"] for one in lines] == [0, 1, 2, 3, 4]
         assert [one["store"] for one in lines] == [[one["iteration"], one["restarts"], 4] for one in lines]
+        assert [one["shared"] // 4 for one in lines] == [0, 1, 2, 3, 4], (
+            "what ranks put outlives restarts of both kinds"
+        )
         assert len({one["pid"] for one in lines}) == 3
 
 
