@@ -1,6 +1,6 @@
 """A training loop that times its own steps, and how long a call of ping() and a section takes in it.
 
-A step is matrix products of about 20 ms and a one-element all_reduce. Rank 0 appends one JSON line to the file
+A step is matrix products of about 20 ms and a one-element all_reduce. Rank 0 writes one JSON object to the file
 ``$BENCHMARK_REPORTS/costs``. The first argument says what wraps the loop: nothing, seamark or nvrx.
 """
 
@@ -18,15 +18,18 @@ import torch.distributed as dist
 
 SECONDS = 0.02
 WARM_UP = 20
+TIMED = 200
 CALLS = 100_000
 
 
 def loop(steps: int, ping: Callable[[], None] | None, section: Callable[[str], object]) -> None:
     matrix = torch.rand(256, 256)
-    began = time.perf_counter()
-    for _ in range(10):
+    for _ in range(WARM_UP):
         matrix @ matrix
-    products = max(1, round(SECONDS / ((time.perf_counter() - began) / 10)))
+    began = time.perf_counter()
+    for _ in range(TIMED):
+        matrix @ matrix
+    products = max(1, round(SECONDS / ((time.perf_counter() - began) / TIMED)))
     # Every process of a run, and every run, does the same work.
     products = int(os.environ.get("PRODUCTS", products))
     shared = torch.tensor([products])
@@ -51,8 +54,10 @@ def loop(steps: int, ping: Callable[[], None] | None, section: Callable[[str], o
         line["ping"] = min(timeit.repeat(ping, number=CALLS, repeat=5)) / CALLS
         line["section"] = min(timeit.repeat(enter_section, number=CALLS, repeat=5)) / CALLS
     if dist.get_rank() == 0:
-        with open(os.path.join(os.environ["BENCHMARK_REPORTS"], "costs"), "a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = os.path.join(os.environ["BENCHMARK_REPORTS"], "costs")
+        with open(f"{path}.part", "w") as file:
+            file.write(json.dumps(line))
+        os.rename(f"{path}.part", path)
     dist.barrier()
 
 
