@@ -334,6 +334,8 @@ class _Monitor:
         self._final = False
         self._door = ""
         self._directory = ""
+        self._over = not place.serves
+        """Nobody needs what this monitor has started any more."""
         self._socket: socket.socket | None = None
         self._companion: _Service | None = None
         self._companions = 0
@@ -509,7 +511,13 @@ class _Monitor:
             case "last":
                 self._final = True
                 if self._child is None and self._door:
-                    self._leave(word["code"] or _verdict(self._status))
+                    self._status = word["code"] or self._status
+                    if self._over:
+                        self._leave(_verdict(self._status))
+            case "over":
+                self._over = True
+                if self._child is None and self._final:
+                    self._leave(_verdict(self._status))
             case "alone":
                 self._say(word["why"])
                 self._end_now(1)
@@ -632,7 +640,10 @@ class _Monitor:
         if over:
             if self._lives.too_many and status not in self._clean:
                 self._say(f"{_verdict_text(status)}; gives up after {MAX_SHORT_LIVES} short lives")
-            self._leave(_verdict(status))
+            if self._over:
+                self._leave(_verdict(status))
+            # Until it is told that the job is over; most often at once.
+            return
         if self._left is not None:
             self._left -= 1
         delay = self._lives.delay(self._delay)

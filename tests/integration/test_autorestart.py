@@ -24,7 +24,7 @@ pytestmark = pytest.mark.inprocess
 
 FORK = """
 from seamark.autorestart import fork_and_monitor
-fork_and_monitor(restart_delay={delay})
+fork_and_monitor(restart_delay={delay}, max_restarts={most})
 import os, pathlib, signal, sys, time
 HERE = pathlib.Path(__file__).parent
 RANK = os.environ["RANK"]
@@ -106,11 +106,18 @@ class Launched:
     """A script under monitors of its own, as a launcher starts them; and what its ranks say."""
 
     def __init__(
-        self, home: Path, text: str, ranks: int, delay: float, runs_under: tuple[str, ...], ahead: tuple[int, ...]
+        self,
+        home: Path,
+        text: str,
+        ranks: int,
+        delay: float,
+        most: int | None,
+        runs_under: tuple[str, ...],
+        ahead: tuple[int, ...],
     ) -> None:
         self.home = home
         self.script = home / "script.py"
-        self.script.write_text(FORK.format(delay=delay) + text)
+        self.script.write_text(FORK.format(delay=delay, most=most) + text)
         run, state = home / "run", home / "state"
         run.mkdir(mode=0o700)
         env = os.environ | {"XDG_RUNTIME_DIR": str(run), "XDG_STATE_HOME": str(state)}
@@ -191,11 +198,12 @@ def launched(
     *,
     ranks: int = 1,
     delay: float = 0.1,
+    most: int | None = None,
     runs_under: tuple[str, ...] = (),
     ahead: tuple[int, ...] = (),
 ) -> Iterator[Launched]:
     """Starts it, and sees to it that nothing of it is left. ``ahead``: ranks whose hosts' clocks are a minute fast."""
-    made = Launched(home, text, ranks, delay, runs_under, ahead)
+    made = Launched(home, text, ranks, delay, most, runs_under, ahead)
     try:
         yield made
     finally:
@@ -335,6 +343,33 @@ def test_a_job_goes_on_through_the_loss_of_every_part_and_ends_as_asked(tmp_path
         (tmp_path / "abort").touch()
         assert job.finish() == [130, 130], job.text()
         assert job.said(0)[-1]["restarts"] == job.said(1)[-1]["restarts"] == 3
+
+
+def test_the_others_go_on_without_a_rank_that_is_not_started_again_and_rank_0_leaves_them_what_they_need(
+    tmp_path: Path,
+) -> None:
+    text = TRAIN + (
+        "@seamark.Wrapper()\n"
+        "def train(call: seamark.CallWrapper):\n"
+        "    dist.init_process_group('gloo')\n"
+        "    say(call)\n"
+        "    dist.barrier()\n"
+        "    if call.iteration == 0 and RANK == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    dist.barrier()\n"
+        "    while call.iteration == 1 and not (HERE / 'go-on').exists():\n"
+        "        time.sleep(0.01)\n"
+        "    if call.iteration == 1:\n"
+        "        raise ValueError('once more')\n"
+        "train()\n"
+    )
+    with launched(tmp_path, text, ranks=2, most=0) as job:
+        wait_for("the next iteration", lambda: len(job.said(0)) == 2)
+        (tmp_path / "go-on").touch()
+        assert job.finish() == [137, 0], job.text()
+        assert [(one["iteration"], one["local"][1]) for one in job.said(1)] == [(0, 2)]
+        assert [one["iteration"] for one in job.said(0)] == [0, 1, 2], "the survivor is rank 0 from then on"
+        assert len({one["pid"] for one in job.said(0)[1:]} | {job.said(1)[0]["pid"]}) == 1
 
 
 def test_under_torchrun(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@
     ended {incarnation, status, at, discarded}     start {incarnation}: whom the others expect next
     last: it will not start it again               last {code}: do not start it again; end with this code, if it is
                                                      not 0, where there is nothing to wait for
-    store: the TCPStore serves                     alone {why}: the lighthouse is gone, the job is over
+    store: the TCPStore serves                     over: nobody needs the lighthouse in it any more
+                                                   alone {why}: the lighthouse is gone, the job is over
     store_again: it was started anew
 
 It ends when the monitor's end of the socket is closed. The thinking is in ``lone.py``.
@@ -108,13 +109,23 @@ class Companion:
         settings: the monitor's.
         monitor: the socket to it.
         directory: private, for the worker's door.
+        lighthouse: the one in this process, if there is one.
     """
 
-    def __init__(self, context: zmq.Context[Any], settings: Settings, monitor: socket.socket, directory: Path) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        settings: Settings,
+        monitor: socket.socket,
+        directory: Path,
+        lighthouse: LighthouseShell | None,
+    ) -> None:
         self._settings = settings
         self._job = settings.launch.job
         self._monitor = monitor
         self._directory = directory
+        self._own_lighthouse = lighthouse
+        self._told_over = False
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._process: Process | None = None
@@ -214,6 +225,7 @@ class Companion:
         if self._job in self._core.jobs:
             incarnation, status, at = word["incarnation"], word["status"], word["at"]
             self._perform(self._core.ended(now, incarnation, status, at, discarded=word["discarded"]))
+        self._look_for_the_others()
 
     def _store_again(self, now: float) -> None:
         job = self._core.jobs[self._job]
@@ -284,7 +296,20 @@ class Companion:
                 now = time.monotonic()
                 self._perform(self._core.hangs(now, self._job, process.incarnation, reading.iteration, verdict, grace))
         self._look_for_the_lighthouse()
+        self._look_for_the_others()
         return HANG_INTERVAL
+
+    def _look_for_the_others(self) -> None:
+        """The lighthouse is theirs, too, and so is the store: both have to outlive this rank."""
+        if self._own_lighthouse is None or self._told_over:
+            return
+        core = self._own_lighthouse.core
+        group = core.groups.get(self._job)
+        ended = group is not None and group.over
+        alone = self._ended.is_set() and not core.nodes.nodes.keys() - {self._core.node}
+        if ended or alone:
+            self._told_over = True
+            self._tell("over")
 
     def _look_for_the_lighthouse(self) -> None:
         heard = self._wires.lighthouse_heard_at
@@ -307,7 +332,7 @@ async def serve(settings: Settings, monitor: socket.socket) -> None:
     try:
         if settings.serves:
             lighthouse = LighthouseShell(context, settings.lighthouse, settings.events, settings.serves)
-        companion = Companion(context, settings, monitor, directory)
+        companion = Companion(context, settings, monitor, directory, lighthouse)
         await companion.start()
         await companion.left.wait()
         await companion.close()
