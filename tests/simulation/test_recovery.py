@@ -17,7 +17,7 @@ from seamarkd.effects import Effect
 from seamarkd.lighthouse.group import Group
 
 SEEDS = int(os.environ.get("SEAMARK_SEEDS", "100"))
-"""Of each kind. The proof is 5,000: ``SEAMARK_SEEDS=5000 scripts/test.sh --timeout 3600 tests/simulation``."""
+"""Of each kind. The proof is 10,000: ``SEAMARK_SEEDS=10000 scripts/test.sh --timeout 3600 tests/simulation``."""
 FIRST = int(os.environ.get("SEAMARK_SEED", "0"))
 WORLD = 4
 
