@@ -46,6 +46,8 @@ CONFIGURATION_EXIT_CODE = 78
 NAME_TIMEOUT = 1.0
 """Seconds that a child's companion has to name its successor, whom the other ranks then expect."""
 IDLE = 0.5
+STORES_TRIED = 10
+"""Services of the TCPStore that may end before they serve."""
 END_GRACE = 10.0
 PARTING = 3.0
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -144,7 +146,7 @@ def _check_fresh() -> None:
 class Place(NamedTuple):
     """A rank's place in the job, and where the job's services are.
 
-    ``serves``: the lighthouse is this rank's to start. ``host``: this host's address as rank 0's reaches it.
+    ``hosted``: rank 0's host has the lighthouse. ``host``: this host's address, as the lighthouse's host reaches it.
     """
 
     job: str
@@ -157,8 +159,13 @@ class Place(NamedTuple):
     master_port: int
     lighthouse: str
     events: str
-    serves: bool
+    hosted: bool
     host: str
+
+    @property
+    def serves(self) -> bool:
+        """Whether the lighthouse is this rank's to start."""
+        return self.hosted and self.rank == 0
 
     @classmethod
     def read(cls, environ: Mapping[str, str], *, insecure: bool = False) -> Place:
@@ -170,7 +177,10 @@ class Place(NamedTuple):
         rank = _number(environ, "RANK", "SLURM_PROCID")
         world_size = _number(environ, "WORLD_SIZE", "SLURM_NTASKS")
         local_rank = _number(environ, "LOCAL_RANK", "SLURM_LOCALID", default=0)
-        local_world_size = _number(environ, "LOCAL_WORLD_SIZE", "SLURM_TASKS_PER_NODE", default=1)
+        local_world_size = _number(environ, "LOCAL_WORLD_SIZE", default=0)
+        if not local_world_size:
+            # Slurm tells the number on the first host only, where hosts differ.
+            local_world_size = max(local_rank + 1, _number(environ, "SLURM_TASKS_PER_NODE", default=1))
         generation = _number(environ, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", default=0)
         port = _number(environ, "MASTER_PORT")
         if not (0 <= rank < world_size and 0 <= local_rank < local_world_size):
@@ -189,11 +199,13 @@ class Place(NamedTuple):
             raise MonitorError(
                 f"set {names.JOB} to a name that no other job of the lighthouse at {lighthouse} has or had"
             )
-        if not insecure and not master.startswith("127.") and master != "::1":
-            raise MonitorError(
-                f"MASTER_ADDR={environ['MASTER_ADDR']} is off loopback, where ranks and services talk in the clear: "
-                "accept that on a network that you trust with SEAMARK_INSECURE=1 or fork_and_monitor(insecure=True)"
-            )
+        there = _host_of(lighthouse) if lighthouse else master
+        for host in () if insecure else (master, there, _host_of(events) if events else master):
+            if not host.startswith("127.") and host not in ("::1", ""):
+                raise MonitorError(
+                    f"{host} is off loopback, where ranks and services talk in the clear: accept that on a network "
+                    "that you trust with SEAMARK_INSECURE=1 or fork_and_monitor(insecure=True)"
+                )
         bracketed = f"[{master}]" if ":" in master else master
         return cls(
             job or f"{bracketed}:{port}",
@@ -206,8 +218,8 @@ class Place(NamedTuple):
             port,
             lighthouse or f"tcp://{bracketed}:{port + LIGHTHOUSE_OFFSET}",
             events or f"tcp://{bracketed}:{port + EVENTS_OFFSET}",
-            serves=rank == 0 and not lighthouse,
-            host=_own_address(master),
+            hosted=not lighthouse,
+            host=_own_address(there),
         )
 
     @property
@@ -253,25 +265,34 @@ def _job(environ: Mapping[str, str]) -> str:
     return ""
 
 
+def _host_of(address: str) -> str:
+    """The numeric host of ``tcp://HOST:PORT``; empty for an address on this host alone."""
+    if not address.startswith("tcp://"):
+        return ""
+    return _numeric(address.removeprefix("tcp://").rpartition(":")[0].strip("[]"))
+
+
 def _numeric(host: str) -> str:
     if not host:
         raise MonitorError("MASTER_ADDR is not set: name the host of rank 0")
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise MonitorError(f"MASTER_ADDR={host} can't be looked up: {error}") from None
+        raise MonitorError(f"{host} can't be looked up: {error}") from None
     # IPv4 first: what a name means must not depend on the order of its addresses on each host.
     return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
 
 
 def _own_address(master: str) -> str:
-    """The address that this host has towards rank 0's; nothing is sent."""
+    """The address that this host has towards that one; nothing is sent."""
+    if not master:
+        return "127.0.0.1"
     family = socket.AF_INET6 if ":" in master else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((master, 9))
         except OSError as error:
-            raise MonitorError(f"there is no way from this host to MASTER_ADDR={master}: {error.strerror}") from None
+            raise MonitorError(f"there is no way from this host to {master}: {error.strerror}") from None
         return str(probe.getsockname()[0])
 
 
@@ -329,21 +350,26 @@ class _Monitor:
         self._next = secrets.token_hex(8)
         self._child: _Child | None = None
         self._fork_at: float | None = None
-        self._status = 0
-        """How the last child ended."""
+        self._code = 0
+        """Of the last child, and so of this process."""
         self._final = False
+        """Nothing is started again, whatever the child's end."""
+        self._completed = False
+        """The wrapped call that the child was in has completed on all ranks: however it ends, it has done its work."""
+        self._stopped_with: int | None = None
+        """The code that the end of the whole job asks for."""
+        self._departing = False
         self._door = ""
         self._directory = ""
-        self._over = not place.serves
-        """Nobody needs what this monitor has started any more."""
         self._socket: socket.socket | None = None
         self._companion: _Service | None = None
         self._companions = 0
         self._store: _Service | None = None
         self._stores = 0
+        self._store_untold = False
         self._store_serves = place.rank != 0
         self._ended: dict[str, Any] = {}
-        """The end of a child that no companion has heard of."""
+        """The end of the last child, until the next one is there."""
         self._handlers: dict[int, Any] = {}
         self._signals: list[int] = []
         self._woken_by = -1
@@ -366,7 +392,7 @@ class _Monitor:
                 return
 
     def _may_fork(self, now: float) -> bool:
-        if self._fork_at is None or now < self._fork_at or not self._door:
+        if self._fork_at is None or now < self._fork_at or not self._door or self._stopped_with is not None:
             return False
         if not self._next and now >= self._fork_at + NAME_TIMEOUT:
             self._next = secrets.token_hex(8)
@@ -433,13 +459,22 @@ class _Monitor:
             self._ignore(fd)
             self._watch(store.pidfd, self._store_ended)
             self._store_serves = True
-            self._tell("store" if self._stores == 1 else "store_again")
+            self._store_untold = self._stores > 1
+            self._tell_store()
             return
-        # It ended before it served: what is wrong it has said.
+        # It ended before it served.
         self._ignore(fd)
         store.end(PARTING)
         self._store = None
-        self._end_now(CONFIGURATION_EXIT_CODE)
+        if store.process.returncode == CONFIGURATION_EXIT_CODE or self._stores >= STORES_TRIED:
+            # What is wrong it has said.
+            self._end_now(CONFIGURATION_EXIT_CODE)
+        self._start_store()
+
+    def _tell_store(self) -> None:
+        if self._store_serves and self._stores and self._door:
+            self._tell("store_again" if self._store_untold else "store")
+            self._store_untold = False
 
     def _store_ended(self) -> None:
         store = self._store
@@ -455,14 +490,13 @@ class _Monitor:
         self._companions += 1
         self._door = ""
         self._next = self._next or secrets.token_hex(8)
-        incarnation = self._child.incarnation if self._child else self._next
+        # One that has ended is told of below: whom its successor would have been, its new companion says.
+        incarnation = self._child.incarnation if self._child else self._ended.get("incarnation", self._next)
         settings = {
             "launch": {
                 "job": place.job,
                 "rank": place.rank,
                 "world_size": place.world_size,
-                "local_rank": place.local_rank,
-                "local_world_size": place.local_world_size,
                 "generation": place.generation,
                 "master_addr": place.master_addr,
                 "master_port": place.master_port,
@@ -471,6 +505,7 @@ class _Monitor:
                 "incarnation": incarnation,
             },
             "host": place.host,
+            "hosted": place.hosted,
             "lighthouse": place.lighthouse,
             "events": place.events,
             "serves": self._companions if place.serves else 0,
@@ -508,29 +543,30 @@ class _Monitor:
                 self._introduce()
             case "start":
                 self._next = word["incarnation"]
-            case "last":
-                self._final = True
-                if self._child is None and self._door:
-                    self._status = word["code"] or self._status
-                    if self._over:
-                        self._leave(_verdict(self._status))
+            case "completed":
+                self._completed = word["yes"]
+            case "stopped":
+                self._stopped_with = word["code"]
+                if self._child is None:
+                    self._depart()
             case "over":
-                self._over = True
-                if self._child is None and self._final:
-                    self._leave(_verdict(self._status))
+                if self._departing:
+                    self._leave(self._code)
             case "alone":
                 self._say(word["why"])
                 self._end_now(1)
 
     def _introduce(self) -> None:
         """What a companion that has just begun can't know."""
-        if self._store_serves and self._place.rank == 0 and self._stores > 0:
-            self._tell("store")
+        self._tell_store()
         if self._child is not None:
             self._tell_started(self._child)
         if self._final:
             self._tell("last")
-        self._tell_ended()
+        if self._ended:
+            self._tell("ended", **self._ended)
+        if self._departing:
+            self._tell("gone")
 
     def _companion_ended(self) -> None:
         assert self._socket is not None
@@ -553,6 +589,8 @@ class _Monitor:
     def _fork(self) -> bool:
         """True in the child."""
         self._fork_at = None
+        self._completed = False
+        self._ended = {}
         incarnation, self._next = self._next, ""
         if self._left is not None and self._left <= 0:
             self._last_life()
@@ -574,11 +612,6 @@ class _Monitor:
         self._watch(child.pidfd, self._child_ended)
         self._tell_started(child)
         return False
-
-    def _tell_ended(self) -> None:
-        if self._ended and self._door:
-            self._tell("ended", **self._ended)
-            self._ended = {}
 
     def _tell_started(self, child: _Child) -> None:
         fds = (child.page, child.pidfd)
@@ -624,25 +657,25 @@ class _Monitor:
         # What it started goes with it; while it isn't reaped, no other group can have its number.
         self._kill(signal.SIGKILL)
         _, waited = os.waitpid(child.pid, 0)
-        status = self._status = os.waitstatus_to_exitcode(waited)
+        status = os.waitstatus_to_exitcode(waited)
+        self._code = _verdict(status)
         discarded = _discarded(child.page)
         self._child = None
         lived = time.monotonic() - child.born
         self._lives = self._lives.after(lived)
-        over = self._final or discarded or status in self._clean or self._lives.too_many
+        asked = self._final or self._completed or self._stopped_with is not None
+        over = asked or discarded or status in self._clean or self._lives.too_many
         if over:
             self._last_life()
         self._ended = {"incarnation": child.incarnation, "status": status, "discarded": discarded}
         self._ended["at"] = time.monotonic()
-        self._tell_ended()
+        self._tell("ended", **self._ended)
         os.close(child.pidfd)
         os.close(child.page)
         if over:
             if self._lives.too_many and status not in self._clean:
                 self._say(f"{_verdict_text(status)}; gives up after {MAX_SHORT_LIVES} short lives")
-            if self._over:
-                self._leave(_verdict(status))
-            # Until it is told that the job is over; most often at once.
+            self._depart()
             return
         if self._left is not None:
             self._left -= 1
@@ -651,6 +684,16 @@ class _Monitor:
         self._say(f"{_verdict_text(status)} after {lived:.1f} s: starting again in {delay:g} s")
 
     # --- the end -------------------------------------------------------------------------------------------
+
+    def _depart(self) -> None:
+        """The last child has ended; where the others' lighthouse and store are its own, they end with the job."""
+        if self._stopped_with is not None:
+            self._code = self._stopped_with
+        if not self._place.serves:
+            self._leave(self._code)
+        self._departing = True
+        self._fork_at = None
+        self._tell("gone")
 
     def _end_now(self, code: int) -> None:
         """Nothing can go on: the child is ended, and the monitor with this code."""

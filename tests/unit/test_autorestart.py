@@ -61,6 +61,11 @@ def test_ten_short_lives_in_a_row_are_too_many() -> None:
     assert not lives.after(SHORT_LIFE).too_many
 
 
+def test_slurm_tells_the_first_host_s_number_where_hosts_differ() -> None:
+    place = Place.read(SRUN | {"SLURM_TASKS_PER_NODE": "2,6", "SLURM_LOCALID": "4"})
+    assert (place.local_rank, place.local_world_size) == (4, 5)
+
+
 @pytest.mark.parametrize(("environ", "job", "generation"), [(TORCHRUN, "run-7", 2), (SRUN, "slurm-77.3", 0)])
 def test_a_place_is_read_from_either_launcher(environ: Mapping[str, str], job: str, generation: int) -> None:
     place = Place.read(environ)
@@ -74,9 +79,18 @@ def test_rank_0_serves_the_lighthouse_unless_one_is_named() -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     assert Place.read(alone).serves
     assert Place.read(alone).job == "127.0.0.1:29500"
-    named = {"SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://h:1", "SEAMARK_LIGHTHOUSE_EVENTS": "tcp://h:2", "SEAMARK_JOB": "j"}
+    named = {
+        "SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://127.0.0.1:1",
+        "SEAMARK_LIGHTHOUSE_EVENTS": "tcp://127.0.0.1:2",
+        "SEAMARK_JOB": "j",
+    }
     place = Place.read(alone | named)
-    assert (place.serves, place.lighthouse, place.events, place.job) == (False, "tcp://h:1", "tcp://h:2", "j")
+    assert (place.serves, place.lighthouse, place.events, place.job) == (
+        False,
+        "tcp://127.0.0.1:1",
+        "tcp://127.0.0.1:2",
+        "j",
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,8 +102,12 @@ def test_rank_0_serves_the_lighthouse_unless_one_is_named() -> None:
         ({"LOCAL_RANK": "4"}, "local rank 4 of 4"),
         ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
         ({"MASTER_ADDR": "10.1.2.3"}, "SEAMARK_INSECURE=1"),
+        (
+            {"SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://10.1.2.3:1", "SEAMARK_LIGHTHOUSE_EVENTS": "tcp://10.1.2.3:2"},
+            "INSECURE",
+        ),
         ({"MASTER_PORT": "65534"}, "choose one from 1 to 65531"),
-        ({"SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://h:1"}, "set both SEAMARK_LIGHTHOUSE_ADDRESS"),
+        ({"SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://127.0.0.1:1"}, "set both SEAMARK_LIGHTHOUSE_ADDRESS"),
     ],
 )
 def test_what_says_too_little_or_contradicts_itself_is_refused(change: dict[str, str | None], sentence: str) -> None:
@@ -99,7 +117,10 @@ def test_what_says_too_little_or_contradicts_itself_is_refused(change: dict[str,
 
 
 def test_a_lighthouse_elsewhere_wants_a_name_for_the_job() -> None:
-    environ = TORCHRUN | {"SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://h:1", "SEAMARK_LIGHTHOUSE_EVENTS": "tcp://h:2"}
+    environ = TORCHRUN | {
+        "SEAMARK_LIGHTHOUSE_ADDRESS": "tcp://127.0.0.1:1",
+        "SEAMARK_LIGHTHOUSE_EVENTS": "tcp://127.0.0.1:2",
+    }
     del environ["TORCHELASTIC_RUN_ID"]
     with pytest.raises(MonitorError, match="set SEAMARK_JOB to a name"):
         Place.read(environ)

@@ -602,3 +602,39 @@ def test_a_node_that_does_not_answer_is_asked_again_and_one_that_is_gone_no_more
 def test_the_loss_of_another_node_moves_no_store() -> None:
     bench = spread()
     assert bench.told(PrepareJob, bench.core.from_lighthouse(bench.now, lost_node("n1", 1, 1))) == []
+
+
+def test_a_node_that_can_not_have_the_store_is_asked_after_the_others() -> None:
+    bench = Bench(nodes=3, min_nodes=1, max_nodes=3, nproc_per_node=1)
+    bench.send(StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE))
+    bench.said = bench.core.from_lighthouse(bench.now, Acknowledged(bench.job.roster_request))
+    for rank in range(3):
+        bench.send(WorkerStarted(0, "job", 0, f"job/{rank}", f"g0r{rank}", 100 + rank, 0.0, ""))
+    bench.core.from_lighthouse(bench.now, lost_node("n0", 0, 1))
+    assert bench.job.moving == "n1"
+    (order,) = bench.told(PrepareJob, bench.send(PrepareFailed(bench.job.request, "job", "node n1: port 5 is in use")))
+    assert (bench.job.moving, order.store) == ("n2", True)
+    bench.send(PrepareFailed(bench.job.request, "job", "node n2: port 5 is in use"))
+    assert "node n1: port 5 is in use; node n2: port 5 is in use" in bench.job.sentence
+    bench.now += 4.0
+    assert bench.told(PrepareJob, bench.core.tick(bench.now)) != [], "and again"
+
+
+def test_a_store_moves_although_nobody_of_its_node_was_a_member_any_more() -> None:
+    bench = spread()
+    bench.now += 5.0
+    bench.hello("n1")
+    bench.now += 6.0
+    assert bench.told(PrepareJob, bench.core.tick(bench.now)) != []
+    assert bench.job.moving == "n1"
+
+
+def test_a_coordinator_started_anew_says_where_the_store_is_and_moves_it_for_no_silence_of_its_own() -> None:
+    bench = spread()
+    again = Coordinator(2)
+    again.restore(100.0, [(record(bench.job), [])])
+    again.handle(100.1, b"node", NodeHello("n1", "i", "ipc:///a", 8))
+    assert [one for one in again.tick(100.2) if isinstance(one, Send) and isinstance(one.message, PrepareJob)] == []
+    again.handle(109.0, b"node", NodeHello("n0", "i", "ipc:///a", 8))
+    messages = [one.message for one in again.tick(111.0) if isinstance(one, ToLighthouse)]
+    assert [message.store for message in messages if isinstance(message, StoreLost)] == [STORE]

@@ -7,17 +7,19 @@ import itertools
 from seamark.protocol.messages import (
     AbortJob,
     Acknowledged,
+    JobAborted,
     Join,
     LastQuorum,
     MemberLost,
     MemberStarted,
     Message,
+    Refused,
     Roster,
 )
-from seamarkd.agent.core import Effect, StartWorker, ToLighthouse
+from seamarkd.agent.core import Effect, StartWorker, StopJobHere, TellWorkers, ToLighthouse
 from seamarkd.agent.lone import Launch, LoneAgent
 
-LAUNCH = Launch("job", 1, 4, 1, 2, 0, "127.0.0.1", 29500, 29502, 100.0, "first")
+LAUNCH = Launch("job", 1, 4, 0, "127.0.0.1", 29500, 29502, 100.0, "first")
 
 
 def agent(*, store_ready: bool = True, again: bool = False) -> LoneAgent:
@@ -40,7 +42,6 @@ def test_the_roster_is_told_first_and_the_same_by_every_rank() -> None:
     assert isinstance(roster, Roster)
     assert [type(last), type(started)] == [LastQuorum, MemberStarted]
     assert [slot.member for slot in roster.slots] == [f"job/{rank}" for rank in range(4)]
-    assert [slot.local_rank for slot in roster.slots] == [0, 1, 0, 1]
     other = LoneAgent(Launch(**{**_fields(LAUNCH), "rank": 3}), lambda: "x", store_ready=True, again=False)
     other.begin(0.0)
     theirs = told(other.registered(0.0))[0]
@@ -112,3 +113,27 @@ def test_a_join_waits_for_the_store() -> None:
 def test_the_end_of_the_job_is_asked_of_the_lighthouse() -> None:
     request = AbortJob("job", "job/1", "first", "enough")
     assert told(agent().from_worker(0.0, "first", request)) == [request]
+
+
+def test_an_aborted_job_is_ended_once_and_who_asks_meanwhile_is_told_again() -> None:
+    lone = agent()
+    lone.from_worker(0.0, "first", join())
+    aborted = JobAborted("job", "job/3: enough")
+    effects = lone.from_lighthouse(0.0, aborted)
+    assert TellWorkers("job", aborted) in effects
+    assert any(isinstance(effect, StopJobHere) for effect in effects)
+    assert lone.from_lighthouse(0.1, aborted) == [TellWorkers("job", aborted)]
+    assert lone.stopping
+
+
+def test_an_agent_that_comes_after_the_greeting_knows_from_the_page_who_listens() -> None:
+    lone = agent(again=True)
+    assert lone.listening("job") == []
+    lone.wraps("first")
+    assert lone.listening("job") == ["first"]
+
+
+def test_a_name_that_was_used_is_refused_with_the_lighthouse_s_sentence() -> None:
+    lone = agent()
+    lone.from_lighthouse(0.0, Refused(1, "NAME_TAKEN", "it has ended", "job"))
+    assert lone.refused == "it has ended"

@@ -131,3 +131,33 @@ def test_a_stranger_and_an_old_session_are_told_to_register_again() -> None:
     assert not watched.beat(0.1, "x", "i", b"r-x")
     assert not watched.beat(0.1, "a", "older", b"r-a")
     assert not watched.beat(0.1, "a", "i", b"another route")
+
+
+def on(host: str, port: int) -> NodeHello:
+    return NodeHello(f"{host}-{port}", "i", f"tcp://{host}:{port}", 1)
+
+
+def test_many_agents_of_one_host_are_one_host_s_trouble() -> None:
+    watched = NodeWatch()
+    for host in ("10.0.0.1", "10.0.0.2"):
+        for port in range(4):
+            watched.hello(0.0, b"r", on(host, port))
+    for tenth in range(1, 12):
+        for port in range(4):
+            watched.beat(tenth / 10, f"10.0.0.1-{port}", "i", b"r")
+        _, lost = watched.tick(tenth / 10)
+        if lost:
+            break
+    assert sorted(lost) == [f"10.0.0.2-{port}" for port in range(4)]
+    assert watched.sentence == ""
+
+
+def test_some_agents_of_the_only_host_are_no_network() -> None:
+    watched = NodeWatch()
+    for port in range(4):
+        watched.hello(0.0, b"r", on("127.0.0.1", port))
+    lost: list[str] = []
+    for tenth in range(1, 12):
+        watched.beat(tenth / 10, "127.0.0.1-0", "i", b"r")
+        lost += watched.tick(tenth / 10)[1]
+    assert sorted(lost) == [f"127.0.0.1-{port}" for port in range(1, 4)]

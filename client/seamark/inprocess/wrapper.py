@@ -206,6 +206,7 @@ class _Restarter:
         if environment.alone:
             self._keys[NODE_KEY] = environment.node
         self._state = State.from_env()
+        self._local_rank = self._state.local_rank
         self._fn_exception: Exception | None = None
         self._aborting: tuple[int, threading.Thread | None] = (-1, None)
         self._interrupter = Interrupter(wrapper.interrupt_signal)
@@ -306,6 +307,9 @@ class _Restarter:
             initial_world_size=self._who.world_size,
             fn_exception=self._fn_exception,
         )
+        if self._who.alone:
+            # The roster of a job without a coordinator knows no host's.
+            self._state = replace(self._state, local_rank=self._local_rank)
         self._fn_exception = None
         self._page.iteration = self.call.iteration = quorum.iteration
         self.call.state = self._state

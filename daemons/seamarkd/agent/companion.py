@@ -7,11 +7,10 @@
     from the monitor                               to the monitor
     started {incarnation, pid, at} + page, pidfd   door {address, directory}
     ended {incarnation, status, at, discarded}     start {incarnation}: whom the others expect next
-    last: it will not start it again               last {code}: do not start it again; end with this code, if it is
-                                                     not 0, where there is nothing to wait for
-    store: the TCPStore serves                     over: nobody needs the lighthouse in it any more
-                                                   alone {why}: the lighthouse is gone, the job is over
-    store_again: it was started anew
+    last: it will not start it again               completed {yes}: its wrapped call has, on all ranks
+    gone: it has ended, and was the last           over: after gone, nobody needs the lighthouse in it any more
+    store: the TCPStore serves                     stopped {code}: the whole job is being ended, with this code
+    store_again: it was started anew               alone {why}: the lighthouse is gone, the job is over
 
 It ends when the monitor's end of the socket is closed. The thinking is in ``lone.py``.
 """
@@ -42,8 +41,8 @@ from seamark.protocol.messages import StoreAddress
 from seamarkd import logs
 from seamarkd.agent.core import Effect, EndWorker, SignalWorker, StartWorker, StopJobHere, WatchWorker
 from seamarkd.agent.hang import HangWatch, Reading
-from seamarkd.agent.lone import Launch, LoneAgent
-from seamarkd.agent.watch import DeathWatch, How, is_stopped
+from seamarkd.agent.lone import STOP_GRACE, Launch, LoneAgent
+from seamarkd.agent.watch import DeathWatch, How, is_dying, is_stopped
 from seamarkd.agent.wires import NotThisHostError, Wires
 from seamarkd.cli.exit_codes import CONFIGURATION
 from seamarkd.exits import ABORT_EXIT_CODE
@@ -58,6 +57,8 @@ FIRST_WORD = 300.0
 """Seconds until rank 0's host must have been heard of."""
 SILENCE = 60.0
 """Seconds without a word of a lighthouse that had been heard: rank 0's host is gone, and the job's store with it."""
+LEFT = 5.0
+"""Seconds of silence after which another rank's agent has ended, and is not just being started again."""
 FAREWELL = 1.0
 """Seconds for the last reports."""
 
@@ -67,7 +68,8 @@ class Settings(Struct, frozen=True):
 
     Attributes:
         launch: what its launcher said.
-        host: numeric address of this host that rank 0's reaches.
+        host: numeric address of this host, as the lighthouse's host reaches it.
+        hosted: the lighthouse is in rank 0's companion, and its end the job's.
         lighthouse, events: where the lighthouse answers and publishes.
         serves: whether to be that lighthouse, in its how-manieth life; 0: no.
         store_ready, again: as for ``LoneAgent``.
@@ -76,6 +78,7 @@ class Settings(Struct, frozen=True):
 
     launch: Launch
     host: str
+    hosted: bool
     lighthouse: str
     events: str
     serves: int
@@ -125,11 +128,12 @@ class Companion:
         self._monitor = monitor
         self._directory = directory
         self._own_lighthouse = lighthouse
-        self._told_over = False
+        self._gone = False
+        """The process has had its last life."""
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._process: Process | None = None
-        self._last = False
+        self._completed = False
         self._ended = asyncio.Event()
         self._began = self._loop.time()
         self.left = asyncio.Event()
@@ -164,14 +168,22 @@ class Companion:
 
     async def close(self) -> None:
         """Says what the lighthouse has to know, for a moment, and stops serving."""
+        process = self._process
+        if process is not None:
+            # Its monitor was killed, and it with it: the kernel's order is not the news'.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL):
+                    while not is_dying(process.pid, process.pidfd):
+                        await asyncio.sleep(0.005)
+            end = {"incarnation": process.incarnation, "status": -signal.SIGKILL, "at": time.monotonic()}
+            self._core.last_life()
+            self._end_of_a_life(time.monotonic(), end | {"discarded": process.page.discarded})
         self._perform(self._core.left(time.monotonic()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL):
                 while not self._core.quiet:
                     await asyncio.sleep(0.02)
         self._wires.close()
-        if self._process is not None:
-            self._process.close()
 
     # --- the monitor ---------------------------------------------------------------------------------------
 
@@ -194,9 +206,13 @@ class Companion:
             case "started":
                 self._started(now, word, descriptors)
             case "ended":
-                self._over(now, word)
+                self._end_of_a_life(now, word)
             case "last":
                 self._core.last_life()
+            case "gone":
+                self._gone = True
+                self._perform(self._core.left(now))
+                self._look_for_the_others()
             case "store":
                 self._perform(self._core.store_serves())
             case "store_again":
@@ -216,8 +232,12 @@ class Companion:
         self._process.watch.arm()
         self._perform(self._core.started_anew(now, incarnation))
         self._perform(self._core.worker_started(now, self._job, incarnation, pid, word["at"]))
+        if page.wrapped:
+            self._perform(self._core.wraps(incarnation))
+        if self._core.stopping:
+            self._spawn(self._end(incarnation, STOP_GRACE))
 
-    def _over(self, now: float, word: dict[str, Any]) -> None:
+    def _end_of_a_life(self, now: float, word: dict[str, Any]) -> None:
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -225,7 +245,6 @@ class Companion:
         if self._job in self._core.jobs:
             incarnation, status, at = word["incarnation"], word["status"], word["at"]
             self._perform(self._core.ended(now, incarnation, status, at, discarded=word["discarded"]))
-        self._look_for_the_others()
 
     def _store_again(self, now: float) -> None:
         job = self._core.jobs[self._job]
@@ -238,9 +257,9 @@ class Companion:
     def _perform(self, effects: list[Effect]) -> None:
         if self._core.refused:
             self._tell("alone", why=self._core.refused)
-        if self._core.completed and not self._last:
-            self._last = True
-            self._tell("last", code=0)
+        if self._core.completed != self._completed:
+            self._completed = self._core.completed
+            self._tell("completed", yes=self._completed)
         for effect in effects:
             if self._wires.perform(effect):
                 continue
@@ -275,7 +294,7 @@ class Companion:
         self._signal(incarnation, signal.SIGKILL)
 
     async def _stop(self, order: StopJobHere) -> None:
-        self._tell("last", code=ABORT_EXIT_CODE)
+        self._tell("stopped", code=ABORT_EXIT_CODE)
         if self._process is None:
             return
         with contextlib.suppress(TimeoutError):
@@ -301,20 +320,22 @@ class Companion:
 
     def _look_for_the_others(self) -> None:
         """The lighthouse is theirs, too, and so is the store: both have to outlive this rank."""
-        if self._own_lighthouse is None or self._told_over:
+        if self._own_lighthouse is None or not self._gone:
             return
         core = self._own_lighthouse.core
         group = core.groups.get(self._job)
-        ended = group is not None and group.over
-        alone = self._ended.is_set() and not core.nodes.nodes.keys() - {self._core.node}
-        if ended or alone:
-            self._told_over = True
+        now = time.monotonic()
+        others = [node for node in core.nodes.nodes.values() if node.name != self._core.node]
+        if (group is not None and group.over) or all(now - one.last_beat > LEFT for one in others):
             self._tell("over")
 
     def _look_for_the_lighthouse(self) -> None:
         heard = self._wires.lighthouse_heard_at
-        silent = self._loop.time() - max(heard, self._began)
-        if silent > (SILENCE if heard > self._began else FIRST_WORD):
+        silent = self._loop.time() - (self._began if heard is None else heard)
+        if not self._settings.hosted or self._core.completed:
+            # One that runs elsewhere comes back; and nobody needs any to end well.
+            return
+        if silent > (FIRST_WORD if heard is None else SILENCE):
             why = f"no word of the lighthouse at {self._settings.lighthouse} for {silent:.0f} s: is rank 0 gone?"
             self._tell("alone", why=why)
 

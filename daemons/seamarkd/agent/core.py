@@ -289,6 +289,8 @@ class Agent:
             return [ToCoordinator(self._store_ready(job))]
         if job.store_incarnation:
             return []
+        # What a roster named is another node's, or was.
+        job.store, job.master_port = StoreAddress(), 0
         job.store_incarnation = self._new_incarnation()
         return [Remember(job.name), StartStore(job.name, job.store_incarnation, order.spec.master_port)]
 

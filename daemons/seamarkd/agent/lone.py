@@ -25,7 +25,7 @@ from seamark.protocol.messages import (
     StopWorkers,
     StoreAddress,
 )
-from seamarkd.agent.core import Agent, Effect, StartWorker, ToCoordinator, ToLighthouse, Worker
+from seamarkd.agent.core import Agent, Effect, StartWorker, TellWorkers, ToCoordinator, ToLighthouse, Worker
 
 START_TIMEOUT = 300.0
 """Seconds from the first rank that is heard of to the last; launchers of many hosts take minutes."""
@@ -39,7 +39,7 @@ class Launch(Struct, frozen=True):
 
     Attributes:
         job: its name, the same on all ranks.
-        rank, world_size, local_rank, local_world_size: as torchrun sets them; ranks are numbered host by host.
+        rank, world_size: as torchrun sets them.
         generation: how often the launcher has started all ranks anew.
         master_addr, master_port: numeric address and port of rank 0's host.
         store_port: of the job's TCPStore there.
@@ -50,8 +50,6 @@ class Launch(Struct, frozen=True):
     job: str
     rank: int
     world_size: int
-    local_rank: int
-    local_world_size: int
     generation: int
     master_addr: str
     master_port: int
@@ -67,7 +65,8 @@ class Launch(Struct, frozen=True):
     def roster(self) -> Roster:
         """The job's, as every rank's agent tells it."""
         slots = [
-            Slot(f"{self.job}/{rank}", rank, rank % self.local_world_size, f"{self.job}/{rank}", rank)
+            # Which ranks share a host no launcher says to all: each knows its own local rank.
+            Slot(f"{self.job}/{rank}", rank, 0, f"{self.job}/{rank}", rank)
             for rank in range(self.world_size)
         ]
         spec = JobSpec(
@@ -152,6 +151,16 @@ class LoneAgent(Agent):
         worker = job.workers[incarnation] = Worker(self._launch.member, incarnation, self._launch.generation)
         return [self._announce(now, job, worker)]
 
+    @property
+    def stopping(self) -> bool:
+        """The whole job is being ended."""
+        job = self.jobs.get(self._launch.job)
+        return job is None or job.stopping is not None
+
+    def wraps(self, incarnation: str) -> list[Effect]:
+        """The worker is in a wrapped call; an agent that came after its greeting knows it from its page."""
+        return self._wraps(self._launch.job, incarnation)
+
     def last_life(self) -> None:
         """Its monitor will not start it again."""
         if self._launch.job in self.jobs:
@@ -196,6 +205,10 @@ class LoneAgent(Agent):
             self.refused = message.reason
             return []
         if isinstance(message, JobAborted):
+            job = self.jobs.get(message.job)
+            if job is not None and job.stopping is not None:
+                # To one that was started meanwhile, and asks.
+                return [TellWorkers(message.job, message)]
             order = StopWorkers(0, message.job, self._launch.generation, STOP_GRACE, True, message.reason or "aborted")
             return self._stop(order)
         return super().from_lighthouse(now, message)

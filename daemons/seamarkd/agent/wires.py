@@ -71,8 +71,8 @@ class Wires:
         self._beat_interval = BEAT_INTERVAL
         self._hello: NodeHello | None = None
         self._knocks: asyncio.Server | None = None
-        self.lighthouse_heard_at = self._loop.time()
-        """When the lighthouse said anything last, seconds of the loop's clock."""
+        self.lighthouse_heard_at: float | None = None
+        """When the lighthouse said anything last, seconds of the loop's clock; None before its first word."""
         self._workers = Channel(make_socket(context, zmq.ROUTER), self._on_worker)
         self._lighthouse = Channel(self._connect(context, lighthouse), self._on_lighthouse)
         self._coordinator = Channel(self._connect(context, coordinator), self._on_coordinator) if coordinator else None

@@ -207,6 +207,8 @@ class Job(Struct):
     store_node: str = ""
     moving: str = ""
     """The node that is to have the job's TCPStore, until it has it."""
+    refused_store: dict[str, str] = field(default_factory=dict)
+    """By node: why it could not start it."""
     move_due: float = 0.0
     store_lost: StoreLost | None = None
     """What the lighthouse has to know, until it has acknowledged it."""
@@ -360,6 +362,9 @@ class Coordinator:
                 incidents=IncidentLog(incidents),
                 ended_at=record.ended_at,
             )
+            # Perhaps a coordinator before this one had moved it, and told nobody; to who knows, it is nothing new.
+            job.store_lost = self._store_news(now, job) if job.store_node else None
+            job.move_due = now + NODE_SILENT
             if job.state in ("STOPPING", "RESTARTING"):
                 job.stopping = {slot.node for slot in job.slots}
                 job.stop_until = now + STOP_GRACE + NODE_SILENT
@@ -467,12 +472,16 @@ class Coordinator:
     # --- a store whose host was lost (D8) ------------------------------------------------------------------
 
     def _move_store(self, now: float, job: Job) -> list[Effect]:
-        """On the first of the job's nodes that lives; asked again until one has answered."""
+        """On the first of the job's nodes that lives and has not refused; asked again until one has answered."""
         nodes = dict.fromkeys(slot.node for slot in job.slots if slot.node != job.store_node)
-        alive = [one for one in nodes if one in self.nodes and now - self.nodes[one].last_beat < NODE_SILENT]
+        alive = [one for one in nodes if self._beats(now, one)]
+        willing = [one for one in alive if one not in job.refused_store]
         job.move_due = now + MOVE_RETRY
-        job.moving = alive[0] if alive else job.store_node
-        if not alive:
+        job.moving = willing[0] if willing else job.store_node
+        if not willing:
+            why = "; ".join(job.refused_store.values()) if alive else "no other node of the job is there"
+            job.sentence = f"the TCPStore was on node {job.store_node}, which is gone: {why}"
+            job.refused_store.clear()
             return self._tell(job)
         job.request = self._next()
         job.sentence = f"starts another TCPStore on node {job.moving}: node {job.store_node} is gone"
@@ -481,15 +490,24 @@ class Coordinator:
     def _store_moved(self, now: float, job: Job, report: StoreReady) -> list[Effect]:
         self._take_store(job, report, job.moving)
         job.moving = ""
-        job.store_lost = StoreLost(self._next(), job.spec.name, job.generation, job.store, now, job.store_node)
+        job.refused_store.clear()
+        job.store_lost = self._store_news(now, job)
         job.move_due = now + MOVE_RETRY
         roster = self._to_nodes(job, self._roster(now, job))
         return [_persist(job), ToLighthouse(job.store_lost), *roster, *self._tell(job)]
 
+    def _store_news(self, now: float, job: Job) -> StoreLost:
+        return StoreLost(self._next(), job.spec.name, job.generation, job.store, now, job.store_node)
+
+    def _beats(self, now: float, node: str) -> bool:
+        return node in self.nodes and now - self.nodes[node].last_beat < NODE_SILENT
+
     def _keep_moving(self, now: float, job: Job) -> list[Effect]:
         if now < job.move_due or job.state != "RUNNING":
             return []
-        if job.moving:
+        # Also where no event says so: none of the store's node may have been a member any more.
+        others = any(self._beats(now, slot.node) for slot in job.slots)
+        if job.moving or (others and job.store_node and not self._beats(now, job.store_node)):
             return self._move_store(now, job)
         if job.store_lost is None:
             return []
@@ -498,6 +516,9 @@ class Coordinator:
 
     def _prepare_failed(self, now: float, route: bytes, report: PrepareFailed) -> list[Effect]:
         job = self.jobs.get(report.job)
+        if job is not None and job.moving and job.state == "RUNNING" and report.request == job.request:
+            job.refused_store[job.moving] = report.reason
+            return self._move_store(now, job)
         if job is None or job.state != "STARTING" or report.request != job.request:
             return []
         return self._end(now, job, "FAILED", report.reason)

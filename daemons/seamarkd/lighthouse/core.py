@@ -180,13 +180,15 @@ class Lighthouse:
 
     def _roster(self, now: float, route: bytes, roster: Roster) -> list[Effect]:
         group = self.groups.get(roster.job)
-        if group is not None and group.over and not roster.submission and not roster.running:
+        if group is not None and group.done and not roster.submission and not roster.running:
             sentence = f"job {roster.job} has ended on this lighthouse: give another one another name (SEAMARK_JOB)"
             return [Send(route, Refused(roster.request, "NAME_TAKEN", sentence, roster.job))]
         if group is None or group.submission != roster.submission:
             # Above those of an earlier job of this name: an id never names two member lists.
             floor = max(self.epoch << EPOCH_SHIFT, group.quorum_id if group else 0)
             events = self._log(roster.job)
+            if group is not None:
+                events.forget()
             group = self.groups[roster.job] = Group(roster.job, RANKS, events, floor, self.nodes.last_beat)
         effects = [*group.set_roster(now, roster), Send(route, Acknowledged(roster.request))]
         return [*effects, Send(route, JobAborted(roster.job, group.aborted))] if group.aborted else effects

@@ -36,6 +36,12 @@ class EventLog:
         self.quorums: deque[QuorumEvent] = deque(maxlen=QUORUMS_KEPT)
         self.recoveries: deque[RecoveredEvent] = deque(maxlen=RING)
 
+    def forget(self) -> None:
+        """Another job of this name begins: what happened to the last one is none of its business."""
+        self.failures.clear()
+        self.quorums.clear()
+        self.recoveries.clear()
+
     def failure(self, group: str, failure: Failure) -> FailureEvent:
         """The event of this failure, numbered."""
         self.sequence += 1

@@ -2,8 +2,8 @@
 
 A node that missed three beats is suspect and is probed by another way, a connection to a port of its agent's.
 Refused: the host lives and its agent is down, so its workers are given ``AGENT_GRACE``. Accepted but silent: frozen,
-the same grace. No answer at all: the host is lost at five missed beats. When several nodes and more than 30 % are
-suspect at once, or the only one, it is probably this lighthouse that is cut off: nobody is declared lost, and after
+the same grace. No answer at all: the host is lost at five missed beats. When several hosts and more than 30 % are
+silent at once, or the only one, it is probably this lighthouse that is cut off: nobody is declared lost, and after
 it all have ``RETURN_GRACE``, for they come back one by one. One of two or three is one host's trouble. A lighthouse
 that finds its own loop late moves its deadlines by as much (Lifeguard's awareness, memberlist). Pure: beats, probe
 results and the time come in.
@@ -43,6 +43,8 @@ class Node(Struct):
     address: str
     route: bytes
     last_beat: float
+    host: str = ""
+    """Several agents may be on one: what its network does they do together."""
     suspect_since: float | None = None
     spared_until: float = 0.0
     verdict: Verdict = ""
@@ -65,7 +67,8 @@ class NodeWatch:
 
     def hello(self, now: float, route: bytes, hello: NodeHello) -> None:
         """An agent introduced itself: a new session, whatever was known of an older one."""
-        self.nodes[hello.node] = Node(hello.node, hello.incarnation, hello.address, route, now)
+        host = hello.address.rpartition(":")[0] if hello.address.startswith("tcp://") else hello.node
+        self.nodes[hello.node] = Node(hello.node, hello.incarnation, hello.address, route, now, host)
 
     def beat(self, now: float, node: str, incarnation: str, route: bytes) -> bool:
         """A heartbeat; False if its sender has to introduce itself again."""
@@ -106,8 +109,7 @@ class NodeWatch:
                 left = node.last_beat + LOST_BEATS * self.beat_interval - now
                 effects += [Probe(node.name, node.address), Wake(max(0.0, left) + DEADLINE_PASSED)]
         suspects = [node for node in self.nodes.values() if node.suspect_since is not None]
-        many = len(suspects) > 1 or len(self.nodes) == 1
-        if many and len(suspects) > MASS_SUSPICION * len(self.nodes):
+        if suspects and self._all_at_once():
             self.sentence = (
                 f"{len(suspects)} of {len(self.nodes)} nodes are silent at once: that is probably this lighthouse's "
                 "own network, nobody is declared lost"
@@ -127,6 +129,11 @@ class NodeWatch:
         for name in lost:
             del self.nodes[name]
         return effects, lost
+
+    def _all_at_once(self) -> bool:
+        hosts = {node.host for node in self.nodes.values()}
+        silent = len(hosts - {node.host for node in self.nodes.values() if node.suspect_since is None})
+        return (silent > 1 or len(hosts) == 1) and silent > MASS_SUSPICION * len(hosts)
 
     def _patience(self, node: Node) -> float:
         return self._agent_grace if node.verdict else LOST_BEATS * self.beat_interval
