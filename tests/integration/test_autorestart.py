@@ -87,6 +87,9 @@ def train(call: seamark.CallWrapper):
         if (HERE / f"hang-{RANK}").exists():
             (HERE / f"hang-{RANK}").unlink()
             time.sleep(60)
+        if (HERE / f"raise-{RANK}").exists():
+            (HERE / f"raise-{RANK}").unlink()
+            raise ValueError("asked for")
         if (HERE / "abort").exists() and RANK == "1":
             raise seamark.RestartAbort("enough")
 
@@ -328,21 +331,25 @@ def test_a_job_goes_on_through_the_loss_of_every_part_and_ends_as_asked(tmp_path
             lost.kill()
             wait_for("another companion", lambda: job.beside(rank, "companion").pid != lost.pid)  # noqa: B023
         assert at() == 0
+        # An exception, of which the new companions have to tell the other.
+        (tmp_path / "raise-0").touch()
+        wait_for("the next iteration", lambda: entered(1))
+        assert [job.pids(rank) for rank in range(2)] == [[pid] for pid in pids]
         # A rank.
         os.kill(pids[1], signal.SIGKILL)
-        wait_for("the next iteration", lambda: entered(1))
+        wait_for("the iteration after the kill", lambda: entered(2))
         assert job.pids(0) == pids[:1]
         assert len(job.pids(1)) == 2
         # The store.
         job.beside(0, "store_service").kill()
-        wait_for("the iteration after the store", lambda: entered(2))
+        wait_for("the iteration after the store", lambda: entered(3))
         assert [len(job.pids(rank)) for rank in range(2)] == [1, 2]
         # A rank that hangs.
         (tmp_path / "hang-0").touch()
-        wait_for("the iteration after the hang", lambda: entered(3))
+        wait_for("the iteration after the hang", lambda: entered(4))
         (tmp_path / "abort").touch()
         assert job.finish() == [130, 130], job.text()
-        assert job.said(0)[-1]["restarts"] == job.said(1)[-1]["restarts"] == 3
+        assert job.said(0)[-1]["restarts"] == job.said(1)[-1]["restarts"] == 4
 
 
 def test_the_others_go_on_without_a_rank_that_is_not_started_again_and_rank_0_leaves_them_what_they_need(
