@@ -17,8 +17,11 @@ import psutil
 import pytest
 from standalone import wait_for
 
+from seamark.autorestart import LIGHTHOUSE_OFFSET
 from seamark.environment import STORE_OFFSET
+from seamark.protocol.messages import LighthouseStatus
 from seamarkd.agent.ports import candidates
+from seamarkd.cli.status import ask_one
 
 pytestmark = pytest.mark.inprocess
 
@@ -75,7 +78,7 @@ train()
 """
 
 UNTIL_TOLD = """
-@seamark.Wrapper(soft_timeout=0.5, hard_timeout=1.0, termination_grace_time=0.2)
+@seamark.Wrapper(soft_timeout=1.5, hard_timeout=5.0, termination_grace_time=0.2)
 def train(call: seamark.CallWrapper):
     dist.init_process_group("gloo")
     say(call)
@@ -165,6 +168,12 @@ class Launched:
             if path.exists()
             else []
         )
+
+    def heard(self) -> int:
+        """How many agents a lighthouse that was started anew has heard of."""
+        port = int(psutil.Process(self.pids(0)[0]).environ()["MASTER_PORT"])
+        status = ask_one(f"tcp://127.0.0.1:{port + LIGHTHOUSE_OFFSET}", LighthouseStatus)
+        return len(status.nodes) if isinstance(status, LighthouseStatus) and status.epoch > 1 else 0
 
     def beside(self, monitor: int, module: str) -> psutil.Process:
         """The process of a service that this monitor has started."""
@@ -330,6 +339,7 @@ def test_a_job_goes_on_through_the_loss_of_every_part_and_ends_as_asked(tmp_path
             lost = job.beside(rank, "companion")
             lost.kill()
             wait_for("another companion", lambda: job.beside(rank, "companion").pid != lost.pid)  # noqa: B023
+        wait_for("both of them at the new lighthouse", lambda: job.heard() == 2)
         assert at() == 0
         # An exception, of which the new companions have to tell the other.
         (tmp_path / "raise-0").touch()

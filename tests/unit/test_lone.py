@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
+
 from seamark.protocol.messages import (
     AbortJob,
     Acknowledged,
@@ -16,7 +18,7 @@ from seamark.protocol.messages import (
     Refused,
     Roster,
 )
-from seamarkd.agent.core import Effect, StartWorker, StopJobHere, TellWorkers, ToLighthouse
+from seamarkd.agent.core import Effect, Job, StartWorker, StopJobHere, TellWorkers, ToLighthouse
 from seamarkd.agent.lone import Launch, LoneAgent
 
 LAUNCH = Launch("job", 1, 4, 0, "127.0.0.1", 29500, 29502, 100.0, "first")
@@ -137,3 +139,17 @@ def test_a_name_that_was_used_is_refused_with_the_lighthouse_s_sentence() -> Non
     lone = agent()
     lone.from_lighthouse(0.0, Refused(1, "NAME_TAKEN", "it has ended", "job"))
     assert lone.refused == "it has ended"
+
+
+def test_an_agent_that_takes_up_what_another_wrote_down_knows_the_last_quorum_and_names_a_fresh_successor() -> None:
+    before = agent()
+    before.from_worker(0.0, "first", join())
+    job = msgspec.json.decode(msgspec.json.encode(before.jobs["job"]), type=Job)
+    job.quorum = LastQuorum(0, "job", 0, 7, 3, 2, ["job/1"], False, "job/1")
+    after = LoneAgent(LAUNCH, lambda: "fresh", store_ready=True, again=True)
+    assert after.begin(1.0, job) == []
+    assert after.listening("job") == ["first"]
+    assert job.quorum.iteration in {one.iteration for one in told(after.registered(1.0)) if isinstance(one, LastQuorum)}
+    (loss,) = told(after.dying(2.0, "job", "first", "canary", 2.0))
+    assert isinstance(loss, MemberLost)
+    assert (loss.incarnation, loss.replacement) == ("first", "fresh")

@@ -39,9 +39,10 @@ from msgspec import Struct, field
 from seamark.progress import ProgressPage
 from seamark.protocol.messages import StoreAddress
 from seamarkd import logs
-from seamarkd.agent.core import Effect, EndWorker, SignalWorker, StartWorker, StopJobHere, WatchWorker
+from seamarkd.agent.core import Effect, EndWorker, Remember, SignalWorker, StartWorker, StopJobHere, WatchWorker
 from seamarkd.agent.hang import HangWatch, Reading
 from seamarkd.agent.lone import STOP_GRACE, Launch, LoneAgent
+from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.watch import DeathWatch, How, is_dying, is_stopped
 from seamarkd.agent.wires import NotThisHostError, Wires
 from seamarkd.cli.exit_codes import CONFIGURATION
@@ -127,6 +128,7 @@ class Companion:
         self._job = settings.launch.job
         self._monitor = monitor
         self._directory = directory
+        self._memory = Memory(directory / "jobs")
         self._own_lighthouse = lighthouse
         self._gone = False
         """The process has had its last life."""
@@ -160,7 +162,8 @@ class Companion:
         Raises:
             NotThisHostError: nothing can listen on the host's address.
         """
-        self._perform(self._core.begin(time.monotonic()))
+        remembered = next((one.job for one in self._memory.read()), None)
+        self._perform(self._core.begin(time.monotonic(), remembered))
         await self._wires.start(self._settings.host, 1)
         self._wires.repeat(self._look)
         self._loop.add_reader(self._monitor, self._on_monitor)
@@ -264,6 +267,8 @@ class Companion:
             if self._wires.perform(effect):
                 continue
             match effect:
+                case Remember(job) if job in self._core.jobs:
+                    self._memory.write(Remembered(self._core.jobs[job], ""))
                 case StartWorker(_, _, incarnation):
                     self._tell("start", incarnation=incarnation)
                 case WatchWorker():

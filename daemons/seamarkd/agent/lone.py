@@ -25,7 +25,7 @@ from seamark.protocol.messages import (
     StopWorkers,
     StoreAddress,
 )
-from seamarkd.agent.core import Agent, Effect, StartWorker, TellWorkers, ToCoordinator, ToLighthouse, Worker
+from seamarkd.agent.core import Agent, Effect, Job, StartWorker, TellWorkers, ToCoordinator, ToLighthouse, Worker
 
 START_TIMEOUT = 300.0
 """Seconds from the first rank that is heard of to the last; launchers of many hosts take minutes."""
@@ -115,8 +115,8 @@ class LoneAgent(Agent):
     """
 
     def __init__(self, launch: Launch, new_incarnation: Callable[[], str], *, store_ready: bool, again: bool) -> None:
-        first = [launch.incarnation]
-        super().__init__(launch.member, lambda: first.pop() if first else new_incarnation())
+        self._first = [launch.incarnation]
+        super().__init__(launch.member, lambda: self._first.pop() if self._first else new_incarnation())
         self._launch = launch
         self._serves_store = store_ready
         self._held: Join | None = None
@@ -135,8 +135,13 @@ class LoneAgent(Agent):
         job = self.jobs.get(self._launch.job)
         return job is not None and job.quorum is not None and job.quorum.completed
 
-    def begin(self, now: float) -> list[Effect]:
-        """The process is there, or will be."""
+    def begin(self, now: float, remembered: Job | None = None) -> list[Effect]:
+        """The process is there, or will be; ``remembered``: what an earlier agent of it has written down."""
+        if remembered is not None:
+            self.jobs[remembered.name] = remembered
+            self._first.clear()
+            self.started_anew(now, self._launch.incarnation)
+            return []
         effects = self._roster(now, self._launch.roster())
         job = self.jobs[self._launch.job]
         # Its monitor starts it again in any case; what it does first is not this agent's to know.
