@@ -96,6 +96,8 @@ def train(call: inprocess.CallWrapper, first, *, second):
         if call.state.rank == ranks[0]:
             (HERE / f"tried-{number}").touch()
         if call.state.rank in ranks:
+            while not (HERE / f"tried-{number}").exists():
+                time.sleep(0.001)
             fault()
         elif fault is fail_once_the_others_have_completed:
             (HERE / f"returns-{call.state.rank}").touch()
@@ -111,6 +113,10 @@ def threads_and_sockets():
 
 before = threads_and_sockets()
 result = train(40, second=2)
+# A thread that was joined is the kernel's for another moment.
+until = time.monotonic() + 5.0
+while threads_and_sockets() != before and time.monotonic() < until:
+    time.sleep(0.001)
 (HERE / f"result-{os.environ['SEAMARK_MEMBER'].rpartition('/')[2]}").write_text(json.dumps(
     {"result": result, "RANK": os.environ["RANK"], "group": dist.is_initialized(),
      "left": [after - former for former, after in zip(before, threads_and_sockets())]}
