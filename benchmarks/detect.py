@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import random
+import select
 import signal
 import sys
 import time
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 from rich import box
 from rich.console import Group as Lines
 from rich.progress import TaskID
@@ -144,10 +144,9 @@ def kill_ranks(row: Row, size: int, seed: int, work: Path, advance: Callable[[],
                 pid = fleet.holding(besides=killed)
                 killed.add(pid)
                 time.sleep(rng.uniform(*PAUSE))
-                process = psutil.Process(pid)
                 began = time.monotonic()
                 os.kill(pid, signal.SIGKILL)
-                freed = _gone(process)
+                freed = _gone(pid)
                 told = [child.hear(PATIENCE) for child in children]
                 first = told[0]
                 if any((one["kind"], one["published"]) != ("lost", first["published"]) for one in told):
@@ -163,15 +162,18 @@ def kill_ranks(row: Row, size: int, seed: int, work: Path, advance: Callable[[],
         fleet.stop()
 
 
-def _gone(process: psutil.Process) -> float:
+def _gone(pid: int) -> float:
     """When the process had given its memory back: its keeper has reaped it, or could."""
-    while True:
-        try:
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return time.monotonic()
-        except psutil.NoSuchProcess:
-            return time.monotonic()
-        time.sleep(0.0005)
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return time.monotonic()
+    try:
+        # Blocked, not polled: on two cores a loop here would take its time from those who tell and are told.
+        select.select([handle], [], [])
+    finally:
+        os.close(handle)
+    return time.monotonic()
 
 
 # --- a host is cut off -------------------------------------------------------------------------------------

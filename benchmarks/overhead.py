@@ -1,21 +1,30 @@
 """What Seamark costs a training that nothing happens to: a step, a ping, a section, an import.
 
 Two ranks over Gloo run the same steps of about 20 ms under torchrun without a wrapper, under `seamark run` with its
-wrapper, a ping and a section in each step, and under nvidia-resiliency-ext's wrapper, in turns.
+wrapper, a ping and a section in each step, and under nvidia-resiliency-ext's wrapper. All three are alive at once and
+take turns of less than a second, the processes of the others stopped: so what a machine does to one it does to all.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
+import select
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
+import psutil
 from rich import box
 from rich.console import Group as Lines
 from rich.table import Table
@@ -23,21 +32,24 @@ from rich.text import Text
 
 from harness.command import BenchmarkRun, find_peer, json_option, peer_env_option, work_directory
 from harness.peers import Peer
-from harness.processes import Command, Job, SystemFailed
+from harness.processes import Command, Job, SystemFailed, descendants
 from harness.provenance import REPOSITORY
 from harness.systems import TRAINING, free_ports
 
 RANKS = 2
+SETTLING = 5
+IMPORTS = 5
 PATIENCE = 120.0
 SCRIPT = str(TRAINING / "step_cost.py")
 NOTES = f"""\
-step: milliseconds of a step on rank 0 of {RANKS}, the median of the rounds' medians, and how much longer it is than
-    without a wrapper. The first run finds how many products make about 20 ms; all others do as many. ping, section:
-    microseconds of one call in a loop of 100,000, the best of 5, the median of the rounds. import seamark: in a new
-    interpreter."""
+step: milliseconds of a step on rank 0 of {RANKS}, the median of the rounds' medians. more: by how much a round's median
+    is above the round's median without a wrapper, the median of the rounds, and its 95 % interval (sign test). The
+    first {SETTLING} steps of each turn do not count. The first system finds how many products make about 20 ms; the
+    others do as many. ping, section: microseconds of one call in a loop of 100,000, the best of 5. import seamark: in
+    a new interpreter."""
 EXAMPLES = """\b
 Examples:
-  python benchmarks/overhead.py --rounds 1 --steps 50       does it run here?
+  python benchmarks/overhead.py --rounds 5                  does it run here?
   python benchmarks/overhead.py --json overhead.json        all of it, with a result file
   python benchmarks/overhead.py --peer-env /opt/nvrx        an environment that has nvidia-resiliency-ext already
 """
@@ -55,17 +67,22 @@ print(json.dumps({"seconds": took, "kib": kib() - before, "torch": "torch" in sy
 
 @dataclass
 class Row:
-    """One way to run the loop, and what each round gave."""
+    """One way to run the loop; each round's median step, and a call of ping() and of a section, in seconds."""
 
     system: str
     version: str
-    rounds: list[dict[str, float]] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    calls: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
-    def middle(self, key: str) -> float | None:
-        """The median of the rounds; None where a round has none."""
-        values = [one[key] for one in self.rounds if key in one]
-        return statistics.median(values) if values else None
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the median, by the sign test: no assumption but that the rounds are independent."""
+    ordered, tail, rank = sorted(values), 0.0, 0
+    while (tail := tail + math.comb(len(ordered), rank) / 2 ** len(ordered)) <= 0.025:
+        rank += 1
+    outermost = max(0, rank - 1)
+    return ordered[outermost], ordered[-1 - outermost]
 
 
 def commands(system: str, steps: int, peer: Peer | None, products: float | None) -> list[Command]:
@@ -84,21 +101,48 @@ def commands(system: str, steps: int, peer: Peer | None, products: float | None)
     return [Command(arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), **job}) for rank in range(RANKS)]
 
 
-def measure(row: Row, commands_: list[Command], directory: Path) -> None:
-    """One run of the loop."""
-    job = Job(commands_, directory)
-    costs, until = job.reports / "costs", time.monotonic() + PATIENCE
-    try:
-        # Not until they have ended: that is not what is measured, and not every system does it soon.
-        while not costs.exists():
+class Turns:
+    """One system that runs its loop when it is told to. All its processes are stopped while it is another's turn.
+
+    Args:
+        commands_: what starts it.
+        directory: a new one, for its logs and reports.
+
+    Raises:
+        SystemFailed: it did not start, or does not answer.
+    """
+
+    def __init__(self, commands_: list[Command], directory: Path) -> None:
+        others = {process.pid for process in descendants()}
+        self._job = Job(commands_, directory)
+        until = time.monotonic() + PATIENCE
+        while not (self._job.reports / "turns").exists():
             if time.monotonic() > until:
-                raise SystemFailed(f"it reported nothing within {PATIENCE:g} s: {job.last_words()}")
-            job.check_alive()
+                raise SystemFailed(f"it is not ready within {PATIENCE:g} s: {self._job.last_words()}")
+            self._job.check_alive()
             time.sleep(0.05)
-        line = costs.read_text()
-    finally:
-        job.stop(5.0)
-    row.rounds.append({name: value for name, value in json.loads(line).items() if name != "wrapped_by"})
+        self._turns = (self._job.reports / "turns").open("w", buffering=1)
+        self._answers = (self._job.reports / "answers").open()
+        self._processes = [process for process in descendants() if process.pid not in others]
+        self._signal(signal.SIGSTOP)
+
+    def ask(self, order: str) -> dict[str, Any]:
+        """Let it do this while all others stand still."""
+        self._signal(signal.SIGCONT)
+        self._turns.write(f"{order}\n")
+        if not select.select([self._answers], [], [], PATIENCE)[0]:
+            raise SystemFailed(f"no answer within {PATIENCE:g} s: {self._job.last_words()}")
+        line = self._answers.readline()
+        self._signal(signal.SIGSTOP)
+        if not line:
+            raise SystemFailed(f"it ended: {self._job.last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
 
 def imports() -> dict[str, float]:
@@ -113,16 +157,19 @@ def table_of(rows: list[Row], imported: list[dict[str, float]]) -> Lines:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("wrapper", "version", "n", "step", "more", "ping", "section"):
         table.add_column(heading, justify="left" if heading in ("wrapper", "version") else "right", no_wrap=True)
-    plain = next((row.middle("step") for row in rows if row.system == "nothing"), None)
+    plain = next(row.steps for row in rows if row.system == "nothing")
     problems = Text(style="red")
     for row in rows:
-        step, ping, section = (row.middle(key) for key in ("step", "ping", "section"))
+        more = [step / without - 1 for step, without in zip(row.steps, plain, strict=False)]
+        ping, section = row.calls.get("ping"), row.calls.get("section")
         table.add_row(
             row.system,
             row.version,
-            str(len(row.rounds)),
-            "-" if step is None else f"{step * 1e3:.3f} ms",
-            "-" if step is None or plain is None or row.system == "nothing" else f"{step / plain - 1:+.2%}",
+            str(len(row.steps)),
+            f"{statistics.median(row.steps) * 1e3:.3f} ms" if row.steps else "-",
+            "{:+.2%} ({:+.2%} to {:+.2%})".format(statistics.median(more), *interval(more))
+            if more and row.system != "nothing"
+            else "-",
             "-" if ping is None else f"{ping * 1e6:.3f} µs",
             "-" if section is None or row.system != "seamark" else f"{section * 1e6:.3f} µs",
         )
@@ -138,37 +185,49 @@ def table_of(rows: list[Row], imported: list[dict[str, float]]) -> Lines:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Runs of each system.")
-@click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Timed steps of a run.")
+@click.option("--rounds", default=100, show_default=True, type=click.IntRange(1), help="Turns of each system.")
+@click.option("--steps", default=40, show_default=True, type=click.IntRange(SETTLING + 1), help="Steps of a turn.")
+@click.option("--seed", default=0, show_default=True, help="Decides on the order in each round.")
 @peer_env_option("nvidia-resiliency-ext")
 @json_option
-def main(rounds: int, steps: int, peer_env: Path, json_path: Path | None) -> None:
+def main(rounds: int, steps: int, seed: int, peer_env: Path, json_path: Path | None) -> None:
     """What Seamark's wrapper costs a training that nothing happens to, beside nvidia-resiliency-ext's.
 
-    A full run takes about 5 minutes. Nothing is left running, after Ctrl-C neither.
+    A full run takes about 6 minutes. Nothing is left running, after Ctrl-C neither.
     """
-    run = BenchmarkRun("overhead", 0, json_path)
+    run = BenchmarkRun("overhead", seed, json_path)
     rows: list[Row] = []
     imported: list[dict[str, float]] = []
     with run.measuring(), work_directory() as work, run.progress() as progress:
         peer, why = find_peer(peer_env, "nvidia-resiliency-ext", "nvidia_resiliency_ext.inprocess")
         torch = str(run.facts["versions"]["torch"])
         rows += [Row("nothing", f"torchrun {torch}"), Row("seamark", run.version), Row("nvrx", peer.version, error=why)]
-        task = progress.add_task("running", total=rounds * len(rows), last="")
+        imported += [imports() for _ in range(IMPORTS)]
+        task = progress.add_task("starting", total=rounds, last="")
+        systems: dict[str, Turns] = {}
         products = None
-        for number in range(rounds):
-            imported.append(imports())
-            for row in rows:
-                progress.update(task, description=f"round {number + 1}, {row.system}")
+        for row in rows:
+            if not row.error:
+                try:
+                    systems[row.system] = Turns(commands(row.system, steps, peer, products), work / row.system)
+                    products = products or systems[row.system].ask("products")["products"]
+                except SystemFailed as error:
+                    row.error = str(error)
+        order = random.Random(seed)
+        for _ in range(rounds):
+            progress.update(task, description="taking turns")
+            for row in order.sample(rows, len(rows)):
                 if not row.error:
                     try:
-                        measure(row, commands(row.system, steps, peer, products), work / f"{number}-{row.system}")
-                        products = products or row.rounds[-1]["products"]
+                        samples = systems[row.system].ask("steps")["steps"]
+                        row.steps.append(statistics.median(samples[SETTLING:]))
                     except SystemFailed as error:
                         row.error = str(error)
-                progress.advance(task)
-            run.note(f"round {number + 1} of {rounds}")
-    records = {"rows": [asdict(row) for row in rows], "imports": imported, "steps": steps}
+            progress.advance(task)
+        for row in rows:
+            if row.system != "nothing" and not row.error:
+                row.calls = systems[row.system].ask("calls")
+    records = {"rows": [asdict(row) for row in rows], "imports": imported, "turn": steps}
     run.finish(table_of(rows, imported), records, failed=any(row.error for row in rows))
 
 
