@@ -30,9 +30,10 @@ class Hosts:
         home: their directories go here; short, for the path of a Unix socket has 107 bytes at most.
         network: the hosts.
         slots: worker places of each node.
+        agents: how many of the nodes have an agent from the beginning; all by default.
     """
 
-    def __init__(self, home: Path, network: Network, slots: int = 64) -> None:
+    def __init__(self, home: Path, network: Network, slots: int = 64, agents: int | None = None) -> None:
         self.home = home
         self.network = network
         self.head, *nodes = network.hosts
@@ -41,6 +42,7 @@ class Hosts:
         self.losses: list[dict[str, Any]] = []
         """What the subscribers said so far."""
         self._slots = slots
+        self._first = list(self.nodes)[:agents]
         self._running = ExitStack()
         self._subscribers: Child | None = None
         (home / "idle.py").write_text(IDLE)
@@ -50,7 +52,7 @@ class Hosts:
             self.start(self.head, "lighthouse", str(BIN / "seamark-lighthouse"))
             # By SIGHUP it leaves its jobs alone: those end with their agents, before it, and it would wait for them.
             self.start(self.head, "coordinator", str(BIN / "seamark-coordinator"), end=signal.SIGHUP)
-            for node in self.nodes:
+            for node in self._first:
                 self.start_agent(node)
             self.wait("a healthy suite", self.healthy)
             self._running = running.pop_all()
@@ -95,8 +97,9 @@ class Hosts:
         self.agents[node] = self.start(self.nodes[node], node, str(BIN / "seamark-agent"))
 
     def submit(self, name: str) -> None:
-        """A job of one sleeping worker on each node; returns once they run."""
-        self.run(name, "--nnodes", str(len(self.nodes)), "--preload", "none", str(self.home / "idle.py"))
+        """A job of one sleeping worker on each node, which ends with the first of them; returns once they run."""
+        once = ("--max-restarts", "0", "--preload", "none")
+        self.run(name, "--nnodes", str(len(self.nodes)), *once, str(self.home / "idle.py"))
 
         def runs() -> bool:
             jobs = (self.status()["coordinator"] or {}).get("jobs", [])
@@ -149,7 +152,7 @@ class Hosts:
 
     def healthy(self) -> bool:
         """Whether nothing is wrong, and the lighthouse hears every node."""
-        return not self.status()["problems"] and all(map(self.hears, self.nodes))
+        return not self.status()["problems"] and all(map(self.hears, self.agents))
 
     def wait(self, what: str, condition: Callable[[], bool], patience: float = PATIENCE) -> None:
         """Until it is so."""

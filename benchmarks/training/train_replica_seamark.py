@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from replica_loop import Probe, Training
 
@@ -13,10 +14,10 @@ from seamark.replicas.groups import ReconfigurableGroup
 class TimedGroup(ReconfigurableGroup):
     """The default group, and when it was made."""
 
-    def configure(self, store_address: str, prefix: str, rank: int, size: int, timeout: float) -> None:
+    def configure(self, *arguments: Any, **more: Any) -> None:
         """Make it."""
         began = time.monotonic()
-        super().configure(store_address, prefix, rank, size, timeout)
+        super().configure(*arguments, **more)
         probe.made_group(began, time.monotonic())
 
 

@@ -46,6 +46,7 @@ from seamarkd.coordinator import jobs as coordinator
 from seamarkd.coordinator.jobs import JobRecord
 from seamarkd.effects import Probe, Publish, Send
 from seamarkd.lighthouse.core import Lighthouse
+from seamarkd.lighthouse.nodes import ProbeResult
 
 JOB = "job"
 PER_NODE = 2
@@ -176,13 +177,16 @@ class Peer(Daemon):
     from_lighthouse: Link
     events: Link
 
+    away = False
+    """Its network is cut."""
+
     def reach_lighthouse(self) -> None:
-        if self.cluster.lighthouse.alive:
+        if self.cluster.lighthouse.alive and not self.away:
             self.from_lighthouse.connect()
             self.to_lighthouse.connect()
 
     def subscribe(self) -> None:
-        if self.cluster.lighthouse.alive:
+        if self.cluster.lighthouse.alive and not self.away:
             self.events.connect()
 
 
@@ -224,7 +228,8 @@ class LighthouseDaemon(Daemon):
                         peer.from_lighthouse.send(message)
             case Probe(node, _):
                 incarnation = self.core.nodes.nodes[node].incarnation
-                result = "accepted" if self.cluster.hosts[node].alive else "refused"
+                host = self.cluster.hosts[node]
+                result: ProbeResult = "silent" if host.away else "accepted" if host.alive else "refused"
                 self.soon(0.005, lambda: self.core.probed(node, incarnation, result))
 
     def _publish(self, message: Message) -> None:
@@ -243,6 +248,7 @@ class CoordinatorDaemon(Peer):
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster)
         self.records: dict[str, JobRecord] = {}
+        self._told = ""
         self._incidents: dict[int, Incident] = {}
 
     def enter(self) -> None:
@@ -282,6 +288,13 @@ class CoordinatorDaemon(Peer):
         match effect:
             case coordinator.Persist():
                 name = effect.record.spec.name
+                places = ", ".join(f"{slot.rank} {slot.node}" for slot in effect.record.slots)
+                line = (
+                    f"generation {effect.record.generation}.{effect.record.placement} {effect.record.state}: {places}"
+                )
+                if self._told != line:
+                    self.cluster.log(line)
+                self._told = line
                 self.records[name] = msgspec.json.decode(msgspec.json.encode(effect.record), type=JobRecord)
                 self._incidents |= {incident.number: incident for incident in effect.incidents}
             case Send(route, message):
@@ -355,8 +368,43 @@ class Host(Peer):
             worker.from_agent.sender_died()
             self.cluster.at(0.01, worker.from_agent.cut)
 
+    def cut(self) -> None:
+        """Nothing gets out of this host or in; what runs there goes on."""
+        self.away = True
+        self.cluster.gave_up.add(self.name)
+        self.cluster.log(f"{self.name} is cut off")
+        if self.alive:
+            for link in (self.to_lighthouse, self.from_lighthouse, self.events):
+                link.cut()
+            self.to_coordinator.cut()
+            self.from_coordinator.cut()
+
+    def mend(self) -> None:
+        """It can be reached again."""
+        self.away = False
+        self.cluster.log(f"{self.name} is there again")
+        if self.alive:
+            self.soon(0.5, self.reach_lighthouse)
+            self.soon(0.5, self.subscribe)
+            self.soon(0.5, self.reach_coordinator)
+
+    def crash(self) -> None:
+        """Its power fails: all that ran there is gone, and nobody says so."""
+        self.cut()
+        self.starts += 1
+        self.alive, self.door, self._memory = False, False, None
+        for worker in self.workers.values():
+            worker.vanish()
+
+    def boot(self) -> None:
+        """It comes back empty."""
+        self.away = False
+        self.workers.clear()
+        self._forgotten.clear()
+        self.start()
+
     def reach_coordinator(self) -> None:
-        if self.cluster.coordinator.alive:
+        if self.cluster.coordinator.alive and not self.away:
             self.from_coordinator.connect()
             self.to_coordinator.connect()
 
@@ -441,10 +489,20 @@ class Host(Peer):
             case agent.StartStore(job, incarnation):
                 store = StoreAddress("host", 2, incarnation)
                 self.soon(0.01, lambda: self.perform(self.core.store_started(job, store, 1)))
-            case agent.StopJobHere(job):
-                for worker in self.workers.values():
-                    worker.end(-15)
-                self.soon(2.0, lambda: self.perform(self.core.stopped(job)) if job in self.core.jobs else None)
+            case agent.StopJobHere(job, _, _, final):
+                self._end_workers()
+                self.soon(2.0, lambda: self._stopped(job, final=final))
+
+    def _end_workers(self) -> None:
+        for worker in self.workers.values():
+            worker.end(-15)
+
+    def _stopped(self, job: str, *, final: bool) -> None:
+        if job in self.core.jobs:
+            if final:
+                # With the keeper goes what it had been asked to start meanwhile.
+                self._end_workers()
+            self.perform(self.core.stopped(self.cluster.now, job))
 
     def _fork(self, member: str, incarnation: str) -> None:
         job = self.core.jobs.get(JOB)
@@ -491,6 +549,14 @@ class Worker:
         if self.alive and self._begun and self.host.door:
             self.from_agent.connect()
             self.to_agent.connect()
+
+    def vanish(self) -> None:
+        """It ends with its host."""
+        if self.alive:
+            self.status, self.reaped = -9, True
+            self.cluster.vanished.add(self.incarnation)
+            self.to_agent.cut()
+            self.from_agent.cut()
 
     def end(self, status: int) -> None:
         if not self.alive:
@@ -583,12 +649,19 @@ class Worker:
             case Snapshot():
                 for event in message.failures:
                     self._told(event.failure.iteration)
+                for quorum in message.quorums:
+                    self._told(quorum.iteration - 1)
             case QuorumAnswer() | QuorumReset() | Completed():
                 pending = self.pending
                 mine = [one.request for one in message.recipients if one.member == self.member]
                 if pending is not None and pending.request in mine:
                     self.pending = None
                     self._answered(pending, message)
+            case Refused(code="STALE_GENERATION") if (
+                self.pending is not None and self.host.name in self.cluster.gave_up
+            ):
+                # Its place was given to another host.
+                self.end(1)
             case Refused(code="STALE_GENERATION" | "UNKNOWN_MEMBER") if self.pending is not None:
                 self.cluster.violations.append(f"{self.incarnation} was refused: {message.reason}")
                 self.end(1)
@@ -623,13 +696,14 @@ class Worker:
 
 
 class Cluster:
-    """Two nodes with two ranks each.
+    """Nodes with two ranks each.
 
     Args:
         seed: decides everything that is not decided by the cores.
+        hosts: how many nodes there are.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, hosts: int = 2) -> None:
         self.chance = random.Random(seed)
         self.now = 1.0
         self.completing = False
@@ -637,11 +711,15 @@ class Cluster:
         """Probability that a rank in a collective sees the end of a peer by itself."""
         self.violations: list[str] = []
         self.published: list[FailureEvent] = []
+        self.vanished: set[str] = set()
+        """Incarnations that ended with their host."""
+        self.gave_up: set[str] = set()
+        """Hosts that were away."""
         self.story: list[str] = []
         self._given: dict[int, tuple[str, ...]] = {}
         self._order = itertools.count()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
-        self.hosts = {name: Host(self, name) for name in ("n0", "n1")}
+        self.hosts = {name: Host(self, name) for name in (f"n{number}" for number in range(hosts))}
         self.lighthouse = LighthouseDaemon(self)
         self.coordinator = CoordinatorDaemon(self)
         for daemon in self.daemons():
@@ -671,7 +749,7 @@ class Cluster:
     def log(self, line: str) -> None:
         self.story.append(f"{self.now:9.4f} {line}")
 
-    def submit(self, max_restarts: int = 30) -> None:
+    def submit(self, max_restarts: int = 30, min_nodes: int = 2, max_nodes: int = 2) -> None:
         spec = JobSpec(
             name=JOB,
             argv=["train.py"],
@@ -679,8 +757,8 @@ class Cluster:
             python="python",
             cwd="/",
             env={},
-            min_nodes=len(self.hosts),
-            max_nodes=len(self.hosts),
+            min_nodes=min_nodes,
+            max_nodes=max_nodes,
             nproc_per_node=PER_NODE,
             policy="replace",
             max_restarts=max_restarts,

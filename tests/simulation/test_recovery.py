@@ -113,6 +113,39 @@ def test_ranks_and_daemons_are_killed_and_all_go_on_together() -> None:
         assert counted == len(ended), told(cluster, seed, f"{counted} restarts of processes are counted for {ended}")
 
 
+def test_hosts_are_lost_and_come_back_and_the_world_is_whole_again() -> None:
+    """Three hosts, a job on two: one after the other is cut off or loses its power, for a while or for good."""
+    for seed in schedules():
+        cluster = Cluster(seed, hosts=3)
+        cluster.run(1.0)
+        cluster.submit(min_nodes=1)
+        cluster.run(4.0)
+        chance = cluster.chance
+        at = 0.1
+        for name in chance.sample(sorted(cluster.hosts), chance.randint(1, 3)):
+            host = cluster.hosts[name]
+            back = at + chance.choice([0.7, 1.5, 4.0, 12.0]) + chance.random()
+            if chance.random() < 0.5:
+                cluster.at(at, host.cut)
+                cluster.at(back, host.mend)
+            else:
+                cluster.at(at, host.crash)
+                cluster.at(back, host.boot)
+            if chance.random() < 0.5:
+                disturb(cluster, at)
+            at = back + chance.choice([0.3, 2.0, 8.0])
+        settle(cluster, at + 25.0)
+        living = [worker for worker in cluster.workers() if worker.alive]
+        where = sorted((worker.member, worker.host.name, worker.iteration, worker.inside) for worker in living)
+        assert not cluster.violations, told(cluster, seed, str(cluster.violations))
+        assert sorted({worker.member for worker in living}) == sorted(worker.member for worker in living), told(
+            cluster, seed, f"a rank runs twice: {where}"
+        )
+        assert len(living) == WORLD, told(cluster, seed, str(where))
+        assert len({worker.iteration for worker in living}) == 1, told(cluster, seed, str(where))
+        assert all(worker.inside for worker in living), told(cluster, seed, str(where))
+
+
 def test_a_job_completes_whatever_is_killed_while_it_does() -> None:
     for seed in schedules():
         cluster = started(seed)

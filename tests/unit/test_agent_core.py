@@ -279,7 +279,7 @@ def test_stopping_is_answered_when_it_is_done(final: bool) -> None:
     order = StopWorkers(9, "job", 0, 5.0, final)
     assert bench.agent.from_coordinator(NOW, order) == [Remember("job"), StopJobHere("job", 0, 5.0, final)]
     assert to_lighthouse(bench.exit(-15), MemberLost) == []
-    assert to_coordinator(bench.agent.stopped("job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
+    assert to_coordinator(bench.agent.stopped(0.0, "job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
     assert ("job" in bench.agent.jobs) is not final
 
 
@@ -343,8 +343,8 @@ def test_an_order_to_stop_that_comes_again_is_carried_out_once() -> None:
     final = bench.agent.from_coordinator(NOW, StopWorkers(11, "job", 0, 5.0, True))
     assert final == [Remember("job"), StopJobHere("job", 0, 5.0, True)], "it takes the store and the keeper, too"
     assert bench.agent.from_coordinator(NOW, StopWorkers(12, "job", 0, 5.0, True)) == [Remember("job")]
-    assert to_coordinator(bench.agent.stopped("job"), WorkersStopped) == [WorkersStopped(12, "job", 0)]
-    assert bench.agent.stopped("job") == []
+    assert to_coordinator(bench.agent.stopped(0.0, "job"), WorkersStopped) == [WorkersStopped(12, "job", 0)]
+    assert bench.agent.stopped(0.0, "job") == []
 
 
 def test_a_new_lighthouse_hears_of_every_living_worker() -> None:

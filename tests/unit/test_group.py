@@ -33,7 +33,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.effects import Effect, Publish, Send
 from seamarkd.lighthouse.events import EventLog
-from seamarkd.lighthouse.group import EVIDENCE_WINDOW, HEARTBEAT_TIMEOUT, Group
+from seamarkd.lighthouse.group import EVIDENCE_WINDOW, HEARTBEAT_TIMEOUT, PLACEMENT_WINDOW, Group
 from seamarkd.lighthouse.quorum import Decision, compute_quorum
 
 T = TypeVar("T", bound=Message)
@@ -71,7 +71,8 @@ class Bench:
         ]
 
     def start(self, member: str, generation: int = 0) -> None:
-        started = MemberStarted(0, "job", generation, member, self.incarnations[member], "n0")
+        node = self.group.members[member].slot.node
+        started = MemberStarted(0, "job", generation, member, self.incarnations[member], node)
         self.do(self.group.started(self.now, started))
 
     def join(self, *ranks: int, generation: int = 0, call: int = 0) -> None:
@@ -436,7 +437,8 @@ def anew() -> Bench:
 def announce(bench: Bench, *ranks: int) -> None:
     for rank in ranks:
         member = f"job/{rank}"
-        report = MemberStarted(0, "job", 0, member, bench.incarnations[member], "n0")
+        node = bench.group.members[member].slot.node
+        report = MemberStarted(0, "job", 0, member, bench.incarnations[member], node)
         bench.do(bench.group.started(bench.now, report))
 
 
@@ -722,3 +724,192 @@ def test_the_return_of_the_stores_host_ends_the_wait() -> None:
     assert bench.sent(QuorumAnswer) == []
     bench.do(bench.group.node_returned(bench.now, "n9"))
     assert len(bench.sent(QuorumAnswer)) == len(members())
+
+
+# --- places that change nodes ------------------------------------------------------------------------------
+
+
+def placed(placement: int, **nodes: str) -> Roster:
+    """Two ranks on n0, and on the nodes given (by rank, as r2) those; who is not named has no place."""
+    base = roster(0, min_members=1)
+    slots = [base.slots[0], base.slots[1]]
+    for name, node in nodes.items():
+        rank = int(name[1:])
+        slots.append(Slot(f"job/{rank}", rank, rank % 2, node, rank // 2, placement))
+    return msgspec.structs.replace(base, slots=slots, submission="s", placement=placement)
+
+
+@pytest.fixture
+def spread() -> Bench:
+    """Ranks 0 and 1 on n0, 2 and 3 on n1; they run; then n1 is lost."""
+    bench = Bench.__new__(Bench)
+    bench.now, bench.said, bench.request = 100.0, [], 0
+    bench.incarnations = {member: f"{member}#0" for member in members()}
+    bench.last = dict.fromkeys(members(), -1)
+    bench.group = Group("job", RANKS, EventLog("job", 1), 1 << 32, lambda node: bench.now)
+    bench.do(bench.group.set_roster(bench.now, placed(0, r2="n1", r3="n1")))
+    for member in members():
+        bench.start(member)
+    bench.join(0, 1, 2, 3)
+    bench.do(bench.group.node_lost(bench.now, "n1"))
+    bench.said.clear()
+    return bench
+
+
+def newcomer(bench: Bench, *ranks: int) -> None:
+    for rank in ranks:
+        bench.incarnations[f"job/{rank}"] += "+"
+        bench.last[f"job/{rank}"] = -1
+        bench.start(f"job/{rank}")
+
+
+def answered(bench: Bench) -> list[list[str]]:
+    return [[member.member for member in event.members] for event in bench.published(QuorumEvent)]
+
+
+def test_survivors_of_a_lost_node_wait_to_hear_whether_its_ranks_get_other_places(spread: Bench) -> None:
+    spread.join(0, 1)
+    assert answered(spread) == []
+    spread.do(spread.group.set_roster(spread.now, placed(1, r2="n2", r3="n2")))
+    newcomer(spread, 2, 3)
+    spread.join(2)
+    assert answered(spread) == []
+    spread.join(3)
+    assert answered(spread) == [members()]
+    assert [one.node for one in spread.published(QuorumEvent)[0].members] == ["n0", "n0", "n2", "n2"]
+
+
+def test_where_there_is_no_other_place_survivors_go_on_at_once(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1)))
+    assert answered(spread) == [["job/0", "job/1"]]
+
+
+def test_survivors_wait_for_no_coordinator_that_says_nothing(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.now += PLACEMENT_WINDOW
+    spread.do(spread.group.tick(spread.now))
+    assert answered(spread) == [["job/0", "job/1"]]
+
+
+def test_survivors_wait_for_who_was_to_come_no_longer_than_the_join_timeout(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1, r2="n2", r3="n2")))
+    spread.now += 29.0
+    spread.do(spread.group.tick(spread.now))
+    assert answered(spread) == []
+    spread.now += 2.0
+    spread.do(spread.group.tick(spread.now))
+    assert answered(spread) == [["job/0", "job/1"]]
+
+
+def test_who_comes_later_enters_the_running_session_and_all_begin_again(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1)))
+    spread.do(spread.group.set_roster(spread.now, placed(2, r2="n3", r3="n3")))
+    newcomer(spread, 2, 3)
+    assert spread.published(FailureEvent) == []
+    spread.join(2)
+    assert spread.published(FailureEvent) == [], "the other one is on its way"
+    spread.join(3)
+    (event,) = spread.published(FailureEvent)
+    assert (event.failure.cause.kind, event.failure.cause.text) == ("joined", "ranks 2, 3 joined")
+    spread.join(0, 1)
+    assert answered(spread) == [["job/0", "job/1"], members()]
+    assert len(spread.published(FailureEvent)) == 1, "one restart for both"
+    assert spread.group.iteration == 2
+
+
+def test_who_came_waits_for_its_neighbours_no_longer_than_they_have(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1)))
+    spread.do(spread.group.set_roster(spread.now, placed(2, r2="n3", r3="n3")))
+    newcomer(spread, 2)
+    spread.join(2)
+    spread.now += 29.0
+    spread.do(spread.group.tick(spread.now))
+    assert spread.published(FailureEvent) == []
+    spread.now += 2.0
+    spread.do(spread.group.tick(spread.now))
+    assert len(spread.published(FailureEvent)) == 1
+
+
+def test_a_job_may_grow_beyond_what_it_began_with(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1)))
+    spread.do(spread.group.set_roster(spread.now, placed(2, r4="n4")))
+    spread.incarnations["job/4"], spread.last["job/4"] = "job/4#0", -1
+    spread.start("job/4")
+    spread.join(4)
+    spread.join(0, 1)
+    assert answered(spread)[-1] == ["job/0", "job/1", "job/4"]
+
+
+def test_who_comes_when_some_have_completed_interrupts_nobody(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1)))
+    spread.complete(0, iteration=1)
+    spread.do(spread.group.set_roster(spread.now, placed(2, r2="n3", r3="n3")))
+    newcomer(spread, 2, 3)
+    spread.join(2, 3)
+    assert spread.published(FailureEvent) == []
+    spread.complete(1, iteration=1)
+    assert {one.member for completed in spread.sent(Completed) for one in completed.recipients} == set(members())
+
+
+def test_a_node_that_was_only_cut_off_gets_its_places_back_with_its_processes(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1)))
+    for rank in (2, 3):
+        spread.start(f"job/{rank}")
+    spread.do(spread.group.set_roster(spread.now, placed(2, r2="n1", r3="n1")))
+    spread.last |= {"job/2": 0, "job/3": 0}
+    spread.join(2, 3)
+    spread.join(0, 1)
+    assert answered(spread)[-1] == members()
+
+
+def test_processes_of_a_node_that_lost_its_places_to_another_are_refused(spread: Bench) -> None:
+    spread.do(spread.group.set_roster(spread.now, placed(1, r2="n2", r3="n2")))
+    spread.join(0, 1)
+    before = MemberStarted(0, "job", 0, "job/2", "job/2#0", "n1")
+    spread.do(spread.group.started(spread.now, before))
+    spread.join(2)
+    (refused,) = spread.sent(Refused)
+    assert (refused.code, refused.member) == ("STALE_GENERATION", "job/2")
+    newcomer(spread, 2, 3)
+    spread.join(2, 3)
+    assert answered(spread) == [members()]
+
+
+def test_the_same_places_heard_again_change_nothing(spread: Bench) -> None:
+    moved = placed(1, r2="n2", r3="n2")
+    spread.do(spread.group.set_roster(spread.now, moved))
+    newcomer(spread, 2, 3)
+    spread.join(0, 1, 2, 3)
+    assert spread.do(spread.group.set_roster(spread.now, moved)) == []
+    assert spread.do(spread.group.set_roster(spread.now, placed(0, r2="n1", r3="n1"))) == []
+    assert len(answered(spread)) == 1
+
+
+def test_a_node_is_lost_with_the_ranks_that_it_has_now(spread: Bench) -> None:
+    spread.do(spread.group.set_roster(spread.now, placed(1, r2="n2", r3="n2")))
+    newcomer(spread, 2, 3)
+    spread.join(0, 1, 2, 3)
+    spread.said.clear()
+    spread.do(spread.group.node_lost(spread.now, "n1"))
+    assert spread.published(FailureEvent) == []
+    spread.do(spread.group.node_lost(spread.now, "n2"))
+    assert [event.failure.member for event in spread.published(FailureEvent)] == ["job/2", "job/3"]
+
+
+def test_who_is_lost_before_it_has_entered_interrupts_nobody(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1)))
+    spread.do(spread.group.set_roster(spread.now, placed(2, r2="n3", r3="n3")))
+    newcomer(spread, 2, 3)
+    spread.join(2)
+    spread.lose(3, replaced=False)
+    lost, joined = spread.published(FailureEvent)
+    assert (lost.failure.kind, lost.failure.iteration) == ("lost", -1)
+    assert joined.failure.cause.kind == "joined", "nobody else is on the way"

@@ -12,6 +12,7 @@ from seamark.protocol.messages import (
     AbortJob,
     Acknowledged,
     Cause,
+    CompletedEvent,
     EventBeat,
     Failure,
     FailureEvent,
@@ -19,6 +20,7 @@ from seamark.protocol.messages import (
     JobProgress,
     JobSpec,
     JobStatus,
+    Member,
     Message,
     NodeHello,
     PrepareFailed,
@@ -219,9 +221,8 @@ def test_a_name_is_taken_while_its_job_lives() -> None:
     assert refused.code == "NAME_TAKEN"
 
 
-@pytest.mark.parametrize("changes", [{"min_nodes": 3, "max_nodes": 2}, {"policy": "min-healthy"}])
-def test_what_can_not_work_is_refused_at_once(changes: dict[str, object]) -> None:
-    effects = Coordinator(1).handle(0.0, b"o", SubmitJob(1, spec(**changes), "once"))
+def test_what_can_not_work_is_refused_at_once() -> None:
+    effects = Coordinator(1).handle(0.0, b"o", SubmitJob(1, spec(min_nodes=3, max_nodes=2), "once"))
     (effect,) = effects
     assert isinstance(effect, Send)
     assert isinstance(effect.message, Refused)
@@ -610,6 +611,7 @@ def test_a_node_that_can_not_have_the_store_is_asked_after_the_others() -> None:
     bench.said = bench.core.from_lighthouse(bench.now, Acknowledged(bench.job.roster_request))
     for rank in range(3):
         bench.send(WorkerStarted(0, "job", 0, f"job/{rank}", f"g0r{rank}", 100 + rank, 0.0, ""))
+    bench.send(WorkerRegistered("job", "job/0", "i"))
     bench.core.from_lighthouse(bench.now, lost_node("n0", 0, 1))
     assert bench.job.moving == "n1"
     (order,) = bench.told(PrepareJob, bench.send(PrepareFailed(bench.job.request, "job", "node n1: port 5 is in use")))
@@ -638,3 +640,238 @@ def test_a_coordinator_started_anew_says_where_the_store_is_and_moves_it_for_no_
     again.handle(109.0, b"node", NodeHello("n0", "i", "ipc:///a", 8))
     messages = [one.message for one in again.tick(111.0) if isinstance(one, ToLighthouse)]
     assert [message.store for message in messages if isinstance(message, StoreLost)] == [STORE]
+
+
+# --- policies: places that are lost, and found -------------------------------------------------------------
+
+
+def wide(nodes: int = 2, *, wrapped: bool = True, **changes: object) -> Bench:
+    """A job that runs with two ranks on each of its nodes."""
+    bench = Bench(nodes=nodes, **({"min_nodes": 1, "max_nodes": nodes} | changes))
+    bench.send(StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE))
+    start_all(bench, wrapped=wrapped)
+    return bench
+
+
+def start_all(bench: Bench, *, wrapped: bool = True) -> None:
+    bench.said = bench.core.from_lighthouse(bench.now, Acknowledged(bench.job.roster_request))
+    for slot in bench.job.slots:
+        incarnation = f"g{bench.job.generation}r{slot.rank}p{slot.placed}"
+        known = bench.job.processes.get(slot.member)
+        if known is None or known.incarnation != incarnation:
+            bench.send(WorkerStarted(0, "job", bench.job.generation, slot.member, incarnation, 1, 0.0, ""))
+    if wrapped:
+        bench.send(WorkerRegistered("job", "job/0", "i"))
+
+
+def lose_node(bench: Bench, node: str) -> list[Effect]:
+    """Everything the lighthouse says about it: an event for each of its ranks."""
+    lost = [slot.rank for slot in bench.job.slots if slot.node == node]
+    bench.said = [
+        effect
+        for number, rank in enumerate(lost)
+        for effect in bench.core.from_lighthouse(bench.now, lost_node(node, rank, number + 1))
+    ]
+    return bench.said
+
+
+def rosters(effects: list[Effect]) -> list[Roster]:
+    """Those to the lighthouse."""
+    return [one.message for one in effects if isinstance(one, ToLighthouse) and isinstance(one.message, Roster)]
+
+
+def places(bench: Bench) -> dict[int, str]:
+    return {slot.rank: slot.node for slot in bench.job.slots}
+
+
+def test_the_places_of_a_lost_node_go_to_one_that_has_room() -> None:
+    bench = wide(2)
+    bench.hello("n2")
+    assert places(bench) == {0: "n0", 1: "n0", 2: "n1", 3: "n1"}, "it is not taken while nobody misses it"
+    *_, roster = rosters(lose_node(bench, "n1"))
+    assert (roster.generation, roster.placement) == (0, 1)
+    assert places(bench) == {0: "n0", 1: "n0", 2: "n2", 3: "n2"}
+    assert [slot.placed for slot in roster.slots] == [0, 0, 1, 1]
+    sent = bench.told(Roster, bench.core.from_lighthouse(bench.now, Acknowledged(roster.request)))
+    assert len(sent) == 2, "to both of its nodes"
+    assert bench.told(StopWorkers) == []
+
+
+def test_where_no_node_has_room_the_lighthouse_is_told_so_and_the_next_node_fills_the_gap() -> None:
+    bench = wide(2)
+    *_, roster = rosters(lose_node(bench, "n1"))
+    assert [slot.rank for slot in roster.slots] == [0, 1]
+    bench.hello("n2", slots=1)
+    assert places(bench) == {0: "n0", 1: "n0"}, "too small"
+    bench.hello("n3")
+    assert places(bench) == {0: "n0", 1: "n0", 2: "n3", 3: "n3"}
+    assert rosters(bench.said)[0].placement == 2
+
+
+def test_a_node_that_comes_back_gets_its_places_again() -> None:
+    bench = wide(2)
+    lose_node(bench, "n1")
+    bench.hello("n1")
+    assert places(bench)[3] == "n1"
+    assert bench.told(StopWorkers) == []
+
+
+def test_a_node_that_comes_back_too_late_is_told_to_end_what_it_has() -> None:
+    bench = wide(2)
+    bench.hello("n2")
+    lose_node(bench, "n1")
+    bench.hello("n1")
+    (order,) = bench.told(StopWorkers)
+    assert order.final
+    assert places(bench)[3] == "n2"
+
+
+def test_a_job_without_a_wrapper_is_started_anew_where_there_is_room() -> None:
+    bench = wide(2, wrapped=False)
+    bench.hello("n2")
+    lose_node(bench, "n1")
+    assert bench.job.state == "RESTARTING"
+    assert "node n1 is lost" in bench.job.sentence
+    bench.send(WorkersStopped(bench.job.request, "job", 0), b"node")
+    assert (bench.job.state, bench.job.generation) == ("STARTING", 1)
+    assert places(bench) == {0: "n0", 1: "n0", 2: "n2", 3: "n2"}
+    assert bench.job.store == STORE, "its node is there"
+
+
+def test_a_restart_without_the_store_s_node_starts_another() -> None:
+    bench = wide(2, wrapped=False)
+    lose_node(bench, "n0")
+    bench.said = bench.send(WorkersStopped(bench.job.request, "job", 0))
+    (order,) = bench.told(PrepareJob)
+    assert order.store
+    assert places(bench) == {0: "n1", 1: "n1"}
+    bench.send(StoreReady(order.request, "job", "127.0.0.1", 20100, MOVED))
+    assert (bench.job.generation, bench.job.store_node) == (1, "n1")
+
+
+def test_below_the_minimum_a_job_waits_for_nodes_and_starts_when_they_come() -> None:
+    bench = wide(2, wrapped=False, min_nodes=2)
+    lose_node(bench, "n1")
+    bench.send(WorkersStopped(bench.job.request, "job", 0))
+    assert bench.job.state == "PENDING"
+    assert "waits for 2 nodes" in bench.job.sentence
+    bench.hello("n5")
+    assert (bench.job.state, places(bench)) == ("STARTING", {0: "n0", 1: "n0", 2: "n5", 3: "n5"})
+
+
+def test_nobody_is_left_to_take_the_newcomers_in() -> None:
+    bench = wide(1)
+    bench.hello("n1")
+    lose_node(bench, "n0")
+    assert (bench.job.state, bench.job.generation, places(bench)) == ("STARTING", 0, {0: "n1", 1: "n1"})
+
+
+def test_a_job_that_lost_a_node_for_good_ends_well_and_says_so() -> None:
+    bench = wide(2)
+    lose_node(bench, "n1")
+    for rank in (0, 1):
+        bench.exit(rank, 0, completed=True)
+    assert bench.job.result == "2 of 4 ranks completed, 2 were lost and had no replacement"
+
+
+def test_a_node_that_is_silent_once_all_have_completed_is_not_waited_for() -> None:
+    bench = wide(2)
+    bench.core.from_lighthouse(bench.now, CompletedEvent("job", RANKS, 1, 1))
+    for rank in (0, 1):
+        bench.exit(rank, 0, completed=True)
+    bench.now += 30.0
+    bench.hello("n0")
+    bench.core.tick(bench.now)
+    assert (bench.job.outcome, bench.job.result) == ("SUCCEEDED", "all 4 ranks completed")
+
+
+@pytest.mark.parametrize("policy", ["any-failed", "replace", "min-healthy"])
+def test_a_new_node_within_the_maximum(policy: str) -> None:
+    bench = wide(1, max_nodes=2, policy=policy, wrapped=policy == "replace")
+    bench.hello("n1")
+    if policy == "any-failed":
+        assert (bench.job.state, bench.job.process_restarts) == ("RESTARTING", 0)
+        bench.send(WorkersStopped(bench.job.request, "job", 0))
+    grown = {0: "n0", 1: "n0", 2: "n1", 3: "n1"}
+    assert places(bench) == ({0: "n0", 1: "n0"} if policy == "min-healthy" else grown)
+    assert bench.job.generation == (1 if policy == "any-failed" else 0)
+
+
+def test_a_node_that_came_before_the_wrapper_was_reached_is_taken_then() -> None:
+    bench = wide(1, max_nodes=2, wrapped=False)
+    bench.hello("n1")
+    assert len(bench.job.slots) == 2
+    bench.send(WorkerRegistered("job", "job/0", "i"))
+    assert len(bench.job.slots) == 4
+
+
+@pytest.mark.parametrize(("group", "restarted"), [("node", True), ("rank", False)])
+def test_min_healthy_counts_nodes_or_ranks(group: str, restarted: bool) -> None:
+    """MIN 1 of 2: a rank of each is lost, so no node is whole, and two ranks are."""
+    bench = wide(2, policy="min-healthy", worker_group=group)
+    bench.exit(0, 1)
+    assert bench.job.state == "RUNNING"
+    assert "worker groups go on" in bench.job.sentence
+    bench.exit(3, 1)
+    assert bench.job.state == ("RESTARTING" if restarted else "RUNNING")
+    assert bench.job.process_restarts == int(restarted)
+
+
+def test_min_healthy_restarts_on_all_nodes_and_succeeds_with_the_minimum() -> None:
+    bench = wide(2, policy="min-healthy")
+    bench.exit(0, 1)
+    bench.exit(1, 1, discarded=True)
+    bench.exit(2, 1)
+    bench.send(WorkersStopped(bench.job.request, "job", 0), b"node")
+    assert (bench.job.generation, len(bench.job.slots)) == (1, 4)
+    start_all(bench)
+    bench.exit(0, 1)
+    bench.exit(1, 1, discarded=True)
+    for rank in (2, 3):
+        bench.exit(rank, 0, completed=True)
+    assert (bench.job.outcome, bench.job.result) == (
+        "SUCCEEDED",
+        "2 of 4 ranks completed, 1 were discarded by its rank assignment, 1 were lost and had no replacement",
+    )
+
+
+def test_min_healthy_takes_a_node_that_came_back_for_well_again() -> None:
+    bench = wide(2, policy="min-healthy")
+    lose_node(bench, "n1")
+    assert bench.job.failed == {"job/2", "job/3"}
+    members = [Member(f"job/{rank}", "i", rank, f"n{rank // 2}", rank % 2) for rank in range(4)]
+    quorum = QuorumEvent("job", RANKS, 1, 9, 7, 0, 5, 1, members, 0.0, 4, [])
+    bench.core.from_lighthouse(bench.now, EventBeat(1, {"job": 8}, {}))
+    bench.core.from_lighthouse(bench.now, Snapshot(0, "job", 1, 9, [], [quorum], False, ""))
+    assert bench.job.failed == set()
+
+
+def test_an_exit_that_a_node_reports_after_its_places_were_given_away_changes_nothing() -> None:
+    bench = wide(2)
+    bench.hello("n2")
+    lose_node(bench, "n1")
+    start_all(bench)
+    report = WorkerExited(0, "job", 0, "job/3", "g0r3p0", -9, True, False, False, "", "/log", [], 0)
+    bench.send(report)
+    assert bench.job.state == "RUNNING"
+    assert bench.job.processes["job/3"].alive
+
+
+def test_where_everybody_is_outlives_the_coordinator() -> None:
+    bench = wide(2)
+    bench.hello("n2")
+    lose_node(bench, "n1")
+    again = Coordinator(2)
+    again.restore(100.0, [(record(bench.job), [])])
+    job = again.jobs["job"]
+    assert (job.slots, job.placement, job.left, job.width) == (bench.job.slots, 1, {"n1"}, 4)
+
+
+def test_a_node_that_falls_silent_while_a_job_starts_on_it_is_not_waited_for() -> None:
+    bench = Bench(nodes=2, min_nodes=1, max_nodes=2)
+    bench.now += 30.0
+    bench.hello("n0")
+    bench.core.tick(bench.now)
+    assert bench.job.state == "RESTARTING"
+    bench.send(WorkersStopped(bench.job.request, "job", 0))
+    assert places(bench) == {0: "n0", 1: "n0"}

@@ -276,6 +276,10 @@ class Session:
                 for event in message.failures:
                     if event.group == RANKS:
                         self._end(event.failure.iteration)
+                for quorum in message.quorums:
+                    # The others went on without this rank's host, under a lighthouse that knew nothing of it.
+                    if quorum.group == RANKS:
+                        self._end(quorum.iteration - 1)
             case QuorumAnswer() | QuorumReset() | Completed():
                 mine = self._who.member
                 if any(one.member == mine and self._is_pending(one.request) for one in message.recipients):

@@ -26,6 +26,7 @@ Port = Annotated[int, Meta(ge=0, le=65_535)]
 Duration = Annotated[float, Meta(ge=0.0, le=1e9)]
 Moment = Annotated[float, Meta(ge=-1.0, le=1e12)]
 Policy = Literal["replace", "any-failed", "min-healthy"]
+WorkerGroup = Literal["node", "rank"]
 
 ANSWER_EVERY = 5
 """The lighthouse answers one of so many beats of a known node, and all of a stranger's: half a beat is its answer."""
@@ -66,6 +67,8 @@ class Slot(Part, frozen=True):
     local_rank: Count
     node: Name
     group_rank: Count
+    placed: Count = 0
+    """The roster's ``placement`` that put it on this node."""
 
 
 class JobSpec(Part, frozen=True):
@@ -92,6 +95,18 @@ class JobSpec(Part, frozen=True):
     start_timeout: Duration = 120.0
     preload: list[Name] = []
     """Modules that each node imports once, before it forks workers."""
+    worker_group: WorkerGroup = "node"
+    """What policy ``min-healthy`` counts: nodes all of whose workers are well, or ranks."""
+
+    @property
+    def min_ranks(self) -> int:
+        """Fewer of them are no job."""
+        return self.min_nodes * self.nproc_per_node
+
+    @property
+    def max_ranks(self) -> int:
+        """It takes no more."""
+        return self.max_nodes * self.nproc_per_node
 
 
 class Member(Part, frozen=True):
@@ -119,7 +134,8 @@ class Cause(Part, frozen=True):
     ``kind``: exit (status is the code), signal (status is the signal's number), exception, store (the TCPStore
     service was lost), node (its host was lost), stuck (it could not leave the function), heartbeat (it was not heard of
     for the timeout), gone (its host lives and its process doesn't), left (it said goodbye), discarded (the job's own
-    rank assignment dropped it), hang (it gave no sign of life for its timeout), injected (a drill).
+    rank assignment dropped it), hang (it gave no sign of life for its timeout), joined (no failure: a rank that was
+    missing has come, and all begin again together), injected (a drill).
     ``communication`` marks an exception that only says that a peer went away: evidence of another's failure, seldom a
     cause.
     """
@@ -136,6 +152,7 @@ class Cause(Part, frozen=True):
         "left",
         "discarded",
         "hang",
+        "joined",
         "injected",
     ]
     status: int = 0
@@ -287,7 +304,11 @@ class WorkerHello(Message, frozen=True):
 
 
 class Roster(Message, frozen=True):
-    """Who is to be in the job (D1). Idempotent; only the coordinator makes one, only a higher generation counts."""
+    """Who is to be in the job (D1). Idempotent; only the coordinator makes one.
+
+    A higher generation replaces all workers. In the same one a higher ``placement`` moves slots whose node was lost, or
+    adds some, and touches no other worker; a slot that it does not name has no place for now.
+    """
 
     type_id = 10
     direction = "coordinator -> lighthouse, agent"
@@ -314,10 +335,15 @@ class Roster(Message, frozen=True):
     """Where the job's TCPStore is; empty where nobody could move it."""
     submission: Short = ""
     """Which job of this name; empty where no coordinator is."""
+    placement: Count = 0
+    """Rises with every change of the slots in a generation."""
 
 
 class MemberStarted(Message, frozen=True):
-    """A slot has a new incarnation; it is expected to join until its time has passed (D3)."""
+    """A slot has a new incarnation; it is expected to join until its time has passed (D3).
+
+    ``placement`` is of the roster that the agent knows: a lighthouse that has not heard of it yet does not answer.
+    """
 
     type_id = 11
     direction = "agent -> lighthouse"
@@ -328,6 +354,7 @@ class MemberStarted(Message, frozen=True):
     member: Name
     incarnation: Name
     node: Name
+    placement: Count = 0
 
 
 class LastQuorum(Message, frozen=True):
@@ -352,7 +379,10 @@ class LastQuorum(Message, frozen=True):
 
 
 class MemberLost(Message, frozen=True):
-    """A worker is dying or dead. ``replacement`` announces the incarnation that takes its place, if one does."""
+    """A worker is dying or dead. ``replacement`` announces the incarnation that takes its place, if one does.
+
+    ``node`` is where it was: its place may be another node's by now.
+    """
 
     type_id = 12
     direction = "agent -> lighthouse"
@@ -367,6 +397,7 @@ class MemberLost(Message, frozen=True):
     detected_at: Moment
     detector: Short
     replacement: Short = ""
+    node: Short = ""
 
 
 class MemberFaulted(Message, frozen=True):

@@ -27,6 +27,9 @@ CONNECT_MS = 1_000
 """The kernel alone doubles the pause between two attempts, and finds a host that is back half a minute late."""
 KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 1, zmq.TCP_KEEPALIVE_INTVL: 1, zmq.TCP_KEEPALIVE_CNT: 2}
 """For who only listens and has nothing unacknowledged: silent for a second, asked twice, a second apart."""
+CONNECTIONS_WAITING = 4_096
+"""That the kernel holds for a listener (up to net.core.somaxconn): all agents come back at once to a restarted daemon,
+and at ZeroMQ's 100 most of them try again a second later, or are reset."""
 IPC_PATH_LIMIT = 107
 _NOBLOCK = int(zmq.NOBLOCK)
 
@@ -48,6 +51,7 @@ def make_socket(context: zmq.Context[Any], kind: int, *, identity: bytes | None 
     socket.setsockopt(zmq.RECONNECT_IVL, random.randint(*RECONNECT_MS))
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
+    socket.setsockopt(zmq.BACKLOG, CONNECTIONS_WAITING)
     socket.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
     for option, value in KEEPALIVE.items():
         socket.setsockopt(option, value)

@@ -249,6 +249,8 @@ class Agent:
         self._new_incarnation = new_incarnation
         self._request = 0
         self._reports: dict[int, Report] = {}
+        self._afterwards: dict[str, PrepareJob | Roster] = {}
+        """By job: what is asked of this node as soon as all of it is gone here. It has a place here again."""
         self._cursor = EventCursor()
 
     # --- from the coordinator ------------------------------------------------------------------------------
@@ -280,9 +282,10 @@ class Agent:
     def _prepare(self, order: PrepareJob) -> list[Effect]:
         """The same order of a coordinator that was started anew has another request number."""
         job = self.jobs.setdefault(order.spec.name, Job(order.spec.name, order.spec))
-        job.prepare_request = order.request
         if job.ended:
+            self._afterwards[job.name] = order
             return []
+        job.prepare_request = order.request
         if not order.store:
             return [StartKeeper(job.name)]
         if job.has_store:
@@ -301,11 +304,15 @@ class Agent:
         job = self.jobs.setdefault(roster.job, Job(roster.job, roster.spec))
         effects: list[Effect] = [ToCoordinator(Acknowledged(roster.request))]
         if job.ended:
+            self._afterwards[job.name] = roster
             return effects
-        if job.roster is not None and roster.generation <= job.roster.generation:
+        known = job.roster
+        if known is not None and roster.generation <= known.generation:
             job.allowance = roster.allowance
-            if roster.generation == job.roster.generation and roster.store_node != job.roster.store_node:
+            if roster.generation == known.generation and roster.store_node != known.store_node:
                 effects += self._store_is_elsewhere(job, roster)
+            if roster.generation == known.generation and roster.placement > known.placement:
+                effects += self._places(now, job, known, roster)
             return effects
         job.roster = roster
         job.store = roster.store
@@ -317,17 +324,35 @@ class Agent:
         for worker in job.workers.values():
             worker.ordered = True
             effects.append(SignalWorker(job.name, worker.member, worker.incarnation, signal.SIGKILL))
-        fresh = [
-            Worker(slot.member, self._new_incarnation(), roster.generation)
-            for slot in roster.slots
-            if slot.node == self.node
-        ]
+        return [*effects, *self._start(now, job, [slot.member for slot in roster.slots if slot.node == self.node])]
+
+    def _start(self, now: float, job: Job, members: list[str]) -> list[Effect]:
+        assert job.roster is not None
+        fresh = [Worker(member, self._new_incarnation(), job.roster.generation) for member in members]
         job.workers |= {worker.incarnation: worker for worker in fresh}
-        effects.append(Remember(job.name))
+        effects: list[Effect] = [Remember(job.name)]
         for worker in fresh:
             effects.append(self._announce(now, job, worker))
             effects.append(StartWorker(job.name, worker.member, worker.incarnation))
         return effects
+
+    def _places(self, now: float, job: Job, known: Roster, roster: Roster) -> list[Effect]:
+        """Places of the same generation changed nodes: what came here is started, and what went from here is ended."""
+        job.roster = roster
+        placed = {slot.member: slot.placed for slot in known.slots if slot.node == self.node}
+        here = {slot.member: slot.placed for slot in roster.slots if slot.node == self.node}
+        effects: list[Effect] = []
+        alive = set()
+        for worker in job.workers.values():
+            if worker.member in here and not worker.lost and not worker.ordered:
+                alive.add(worker.member)
+                if here[worker.member] != placed.get(worker.member):
+                    effects.append(self._announce(now, job, worker))
+            elif worker.member not in here and not worker.ordered:
+                worker.ordered = True
+                effects.append(SignalWorker(job.name, worker.member, worker.incarnation, signal.SIGKILL))
+        new = [one for one, number in here.items() if number != placed.get(one) and one not in alive]
+        return [*effects, *self._start(now, job, new)]
 
     def _store_is_elsewhere(self, job: Job, roster: Roster) -> list[Effect]:
         """The store's host was lost, and the coordinator has had another one started; perhaps here."""
@@ -338,7 +363,15 @@ class Agent:
         return [Remember(job.name)]
 
     def _announce(self, now: float, job: Job, worker: Worker) -> Effect:
-        started = MemberStarted(self._next(), job.name, worker.generation, worker.member, worker.incarnation, self.node)
+        started = MemberStarted(
+            request=self._next(),
+            job=job.name,
+            generation=worker.generation,
+            member=worker.member,
+            incarnation=worker.incarnation,
+            node=self.node,
+            placement=job.roster.placement if job.roster else 0,
+        )
         return self._report(now, ToLighthouse(started))
 
     def _stop(self, order: StopWorkers) -> list[Effect]:
@@ -527,6 +560,7 @@ class Agent:
             detected_at=at,
             detector=how,
             replacement=worker.replacement,
+            node=self.node,
         )
         job.losses.append(report)
         return self._report(now, ToLighthouse(report))
@@ -544,16 +578,20 @@ class Agent:
         wanted = roster.policy == "replace" and job.wrapped and not aborted and cause.kind != "discarded"
         return wanted and job.allowance > 0 and not job.ended and job.stopping is None
 
-    def stopped(self, job_name: str) -> list[Effect]:
+    def stopped(self, now: float, job_name: str) -> list[Effect]:
         """All workers of the job are gone, as ordered."""
         job = self.jobs.get(job_name)
         if job is None or job.stopping is None:
             return []
         order = job.stopping
         job.stopping = None
+        effects: list[Effect] = []
         if order.final:
             del self.jobs[job_name]
-        return [Remember(job_name), ToCoordinator(WorkersStopped(order.request, order.job, order.generation))]
+            afterwards = self._afterwards.pop(job_name, None)
+            effects += self.from_coordinator(now, afterwards) if afterwards is not None else []
+        done = ToCoordinator(WorkersStopped(order.request, order.job, order.generation))
+        return [Remember(job_name), done, *effects]
 
     # --- from workers --------------------------------------------------------------------------------------
 

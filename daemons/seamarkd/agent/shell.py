@@ -473,7 +473,7 @@ class AgentShell:
             await self._end_job(order.job, kept, order.grace, final=order.final)
             if order.final:
                 self._kept.pop(order.job, None)
-        self._perform(self.core.stopped(order.job))
+        self._perform(self.core.stopped(time.monotonic(), order.job))
 
     async def _end_job(self, job: str, kept: Kept, grace: float, *, final: bool = True) -> None:
         if final and not kept.keeper.done() and not kept.adopted:

@@ -72,7 +72,15 @@ class NodeRange(click.ParamType[tuple[int, int]]):
     default="replace",
     show_default=True,
     help="replace: only the failed worker is started anew, the others restart in process (needs seamark.Wrapper). "
-    "any-failed: any failure restarts all workers, as torchrun does.",
+    "any-failed: any failure restarts all workers, as torchrun does, and so does a new node below MAX. "
+    "min-healthy: who failed leaves, the others go on, and only below MIN healthy worker groups are all restarted.",
+)
+@click.option(
+    "--worker-group",
+    type=click.Choice(["node", "rank"]),
+    default="node",
+    show_default=True,
+    help="What min-healthy counts: nodes all of whose workers are well, or ranks (MIN times --nproc-per-node of them).",
 )
 @click.option(
     "--max-restarts",
@@ -118,6 +126,7 @@ def run(
     nnodes: tuple[int, int],
     nproc_per_node: int,
     policy: str,
+    worker_group: str,
     max_restarts: int,
     name: str | None,
     checkpoint_dir: Path | None,
@@ -140,6 +149,7 @@ def run(
       seamark run --standalone --nproc-per-node 4 train.py --steps 1000
       seamark run --nnodes 2 --nproc-per-node 8 train.py       on the suite (seamark up)
       seamark run --restart-policy any-failed --nproc-per-node 4 plain_ddp.py
+      seamark run --nnodes 7:8 --nproc-per-node 8 --restart-policy min-healthy train.py
       seamark run --checkpoint-dir /data/run7 -m mypackage.train
       seamark run --attach train-3f2a
 
@@ -182,6 +192,7 @@ def run(
         master_port=master_port or 0,
         join_timeout=join_timeout,
         preload=_modules(preload),
+        worker_group=worker_group,  # type: ignore[arg-type]
     )
     if chosen is not None:
         with Operator(chosen.coordinator.address) as operator:

@@ -60,7 +60,8 @@ from seamark.protocol.messages import (
 )
 from seamarkd.coordinator.budget import RestartBudget
 from seamarkd.coordinator.incidents import IncidentLog
-from seamarkd.coordinator.placement import larger_than, place, refusal
+from seamarkd.coordinator.placement import fill, larger_than, place, refusal
+from seamarkd.coordinator.policy import Happening, Standing, decide
 from seamarkd.cursor import EventCursor
 from seamarkd.effects import Send
 from seamarkd.exits import ABORT_EXIT_CODE, exit_cause
@@ -118,6 +119,11 @@ class JobRecord(Struct, frozen=True):
     state_version: int = 0
     state_text: str = ""
     store_node: str = ""
+    placement: int = 0
+    width: int = 0
+    failed: list[str] = []
+    left: list[str] = []
+    heard: tuple[int, int] = (0, 0)
 
 
 class ToLighthouse(Struct, frozen=True):
@@ -197,6 +203,17 @@ class Job(Struct):
     processes: dict[str, Process] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
     discarded: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    """Members that were lost and that the policy does not replace."""
+    placement: int = 0
+    width: int = 0
+    """Most ranks that it had in this generation."""
+    heard: tuple[int, int] = (0, 0)
+    """Epoch and number of the lighthouse's last event that was taken into account: a snapshot repeats them."""
+    completed: bool = False
+    """Its function has returned on all ranks: what is lost from now on has finished."""
+    left: set[str] = field(default_factory=set)
+    """Nodes that it was on and was taken from: what may live there is ended when they are heard again."""
     stopping: set[str] = field(default_factory=set)
     step: dict[str, int] = field(default_factory=dict)
     checkpoint: int = 0
@@ -269,12 +286,39 @@ class Coordinator:
         for job in self.jobs.values():
             if job.state not in ENDED and any(slot.node == hello.node for slot in job.slots):
                 effects += self._orders(now, job, hello.node)
-        return [*effects, *self._place_waiting(now)]
+        effects += self._use_room(now)
+        for job in self.jobs.values():
+            if hello.node in job.left and all(slot.node != hello.node for slot in job.slots):
+                effects += self._leave(job, hello.node)
+        return effects
 
-    def _place_waiting(self, now: float) -> list[Effect]:
-        """Jobs get their places in the order in which they were submitted; a small one may overtake."""
-        waiting = sorted((job.submitted_at, name) for name, job in self.jobs.items() if job.state == "PENDING")
-        return [effect for _, name in waiting for effect in self._place(now, self.jobs[name])]
+    def _use_room(self, now: float) -> list[Effect]:
+        """Jobs get places in the order in which they were submitted; a small one may overtake."""
+        effects: list[Effect] = []
+        for _, name in sorted((job.submitted_at, name) for name, job in self.jobs.items()):
+            job = self.jobs[name]
+            if job.state == "PENDING":
+                effects += self._place(now, job)
+            elif job.state == "RUNNING":
+                effects += self._take_room(now, job)
+        return effects
+
+    def _take_room(self, now: float, job: Job) -> list[Effect]:
+        """What a running job does about free places."""
+        if not fill(job.spec, job.slots, self._free(now, job), 0):
+            return []
+        match decide("node-new", standing(job)):
+            case "fill":
+                return self._fill(now, job, "")
+            case "grow":
+                job.sentence = "another node is there: all workers are restarted, to run on it, too"
+                return self._restart(now, job)
+            case _:
+                return []
+
+    def _leave(self, job: Job, node: str) -> list[Effect]:
+        """Ends what of a job may live on a node that it is no longer on."""
+        return self._to_node(node, StopWorkers(0, job.spec.name, max(job.generation, 0), STOP_GRACE, final=True))
 
     def _beat(self, now: float, route: bytes, beat: Beat) -> list[Effect]:
         node = self.nodes.get(beat.node)
@@ -293,31 +337,62 @@ class Coordinator:
             return []  # it follows the lighthouse's acknowledgement
         return self._to_node(node, self._roster(now, job))
 
-    def _place(self, now: float, job: Job) -> list[Effect]:
+    def _free(self, now: float, job: Job) -> dict[str, int]:
+        """Places that other jobs leave, by node: first those of the nodes that it is on or was, in their order."""
         taken: dict[str, int] = {}
         for other in self.jobs.values():
             if other.state not in ENDED and other is not job:
                 for slot in other.slots:
                     taken[slot.node] = taken.get(slot.node, 0) + 1
-        free = {
-            name: node.slots - taken.get(name, 0)
-            for name, node in self.nodes.items()
-            if now - node.last_beat < NODE_SILENT
+        own = [node for node in dict.fromkeys(slot.node for slot in job.slots) if node in self.nodes]
+        return {
+            name: self.nodes[name].slots - taken.get(name, 0)
+            for name in dict.fromkeys([*own, *self.nodes])
+            if self._beats(now, name)
         }
+
+    def _place(self, now: float, job: Job) -> list[Effect]:
+        """A new start, or one of all workers: on the nodes that it was on, as far as they are there."""
+        free = self._free(now, job)
         slots = place(job.spec, free)
+        before = {slot.node for slot in job.slots}
         if slots is None:
+            job.left |= before
+            changed = job.state != "PENDING"
+            job.state, job.slots = "PENDING", []
             job.sentence = (
                 f"waits for {job.spec.min_nodes} nodes with {job.spec.nproc_per_node} free slots each; "
                 f"free now: {', '.join(f'{node} {count}' for node, count in free.items()) or 'no node'}"
             )
-            return []
+            return [_persist(job), *self._tell(job)] if changed else []
+        nodes = dict.fromkeys(slot.node for slot in slots)
+        gone = (job.left | before) - nodes.keys()
+        effects = [effect for node in sorted(gone) for effect in self._leave(job, node)]
+        job.left = gone
         job.slots = slots
+        job.placement, job.width = 0, len(slots)
         job.state = "STARTING"
+        if job.store.port and job.store_node in nodes:
+            return [*effects, *self._new_generation(now, job)]
+        job.store, job.store_node = StoreAddress(), ""
         job.sentence = "starts the keepers (they import torch) and the store"
         job.request = self._next()
-        nodes = dict.fromkeys(slot.node for slot in slots)
         prepare = [effect for node in nodes for effect in self._prepare(job, node)]
-        return [_persist(job), *prepare, *self._tell(job)]
+        return [*effects, _persist(job), *prepare, *self._tell(job)]
+
+    def _fill(self, now: float, job: Job, why: str) -> list[Effect]:
+        """Its lost places go to other nodes, and the workers that live notice nothing but a restart in process.
+
+        The lighthouse is told also where no node has room: what it waits for has no place.
+        """
+        job.placement += 1
+        found = fill(job.spec, job.slots, self._free(now, job), job.placement)
+        job.slots = sorted([*job.slots, *found], key=lambda slot: slot.rank)
+        job.left -= {slot.node for slot in found}
+        job.width = max(job.width, len(job.slots))
+        where = f"ranks {', '.join(str(slot.rank) for slot in found)} start on {', '.join({s.node: 0 for s in found})}"
+        job.sentence = f"{why}{'; ' * bool(why)}{where if found else 'no node has room for its ranks'}"
+        return [_persist(job), *self._announce(now, job), *self._tell(job)]
 
     def _prepare(self, job: Job, node: str) -> list[Effect]:
         return self._to_node(node, PrepareJob(job.request, job.spec, store=node == job.slots[0].node))
@@ -354,6 +429,11 @@ class Coordinator:
                 state_version=record.state_version,
                 state_text=record.state_text,
                 store_node=record.store_node,
+                placement=record.placement,
+                width=record.width,
+                failed=set(record.failed),
+                left=set(record.left),
+                heard=record.heard,
                 finished=set(record.finished),
                 discarded=set(record.discarded),
                 checkpoint=record.checkpoint,
@@ -528,6 +608,7 @@ class Coordinator:
         job.processes.clear()
         job.finished.clear()
         job.discarded.clear()
+        job.failed.clear()
         job.step.clear()
         job.wrapped = False
         job.sentence = "starts the workers"
@@ -539,7 +620,7 @@ class Coordinator:
             job=job.spec.name,
             generation=job.generation,
             policy=job.spec.policy,
-            min_members=job.spec.min_nodes * job.spec.nproc_per_node,
+            min_members=job.spec.min_ranks,
             slots=job.slots,
             store=job.store,
             master_addr=job.master_addr,
@@ -553,6 +634,7 @@ class Coordinator:
             state=job.state_text,
             store_node=job.store_node,
             submission=job.submission,
+            placement=job.placement,
         )
 
     def from_lighthouse(self, now: float, message: Message) -> list[Effect]:
@@ -592,12 +674,16 @@ class Coordinator:
 
     def _event(self, now: float, job: Job, event: Event) -> list[Effect]:
         """Replica groups are in nobody's roster: what becomes of them changes nothing here."""
+        if (event.epoch, event.sequence) <= job.heard:
+            return []
+        job.heard = (event.epoch, event.sequence)
         match event:
             case FailureEvent(group=group) if group == RANKS:
                 return self._failure(now, job, event)
             case QuorumEvent():
                 return self._quorum(now, job, event)
             case CompletedEvent():
+                job.completed = True
                 job.sentence = "all ranks completed"
         return []
 
@@ -612,10 +698,12 @@ class Coordinator:
             return []
         self._cursor.advance(snapshot.job, snapshot.sequence)
         effects: list[Effect] = []
+        job.completed = job.completed or snapshot.completed
         events: list[FailureEvent | QuorumEvent] = [*snapshot.failures, *snapshot.quorums]
         for event in sorted(events, key=lambda one: one.sequence):
             iteration = event.failure.iteration if isinstance(event, FailureEvent) else event.iteration - 1
-            if iteration >= job.iteration:
+            of_a_node = isinstance(event, FailureEvent) and event.failure.cause.kind == "node"
+            if iteration >= job.iteration or of_a_node:
                 effects += self._event(now, job, event)
         return effects
 
@@ -639,6 +727,9 @@ class Coordinator:
         known = job.processes.get(report.member)
         if known is not None and known.incarnation == report.incarnation:
             return effects
+        if not job.store.port or all(slot.member != report.member for slot in job.slots):
+            # Of an earlier generation, or on a node that it was taken from: that is about to be told so.
+            return effects
         job.processes[report.member] = Process(report.incarnation, report.pid, alive=True)
         job.incidents.started(report)
         if job.state == "STARTING" and len(job.processes) == len(job.slots):
@@ -653,7 +744,7 @@ class Coordinator:
         job = self.jobs.get(report.job)
         if job is None or job.state in ENDED:
             return []
-        job.wrapped = True
+        first, job.wrapped = not job.wrapped, True
         if job.spec.policy == "any-failed" and job.state != "STOPPING":
             return self._end(
                 now,
@@ -662,7 +753,8 @@ class Coordinator:
                 "--restart-policy any-failed restarts every process at any failure, which leaves nothing to "
                 "seamark.Wrapper's restart in process: use --restart-policy replace or min-healthy, or remove it",
             )
-        return []
+        # Nodes that came before this was known: only now can they be taken in without a restart of all.
+        return self._take_room(now, job) if first and job.state == "RUNNING" else []
 
     def _worker_exited(self, now: float, route: bytes, report: WorkerExited) -> list[Effect]:
         acknowledged: list[Effect] = [Send(route, Acknowledged(report.request))]
@@ -675,10 +767,15 @@ class Coordinator:
         if len(job.exited) > max(EXITS_KEPT, 2 * len(job.slots)):
             del job.exited[next(iter(job.exited))]
         process = job.processes.get(report.member)
-        if process is not None and process.incarnation == report.incarnation:
+        current = process is None or process.incarnation == report.incarnation
+        if process is not None and current:
             process.alive = False
         job.incidents.exited(report)
-        if job.state in ("STOPPING", "RESTARTING") or report.ordered:
+        placed = any(slot.member == report.member for slot in job.slots)
+        if job.state in ("STOPPING", "RESTARTING") or report.ordered or not placed:
+            return acknowledged
+        if not current and not report.replacement:
+            # Its place was given to another node meanwhile.
             return acknowledged
         # Acknowledged once it is durable: the agent repeats it to a coordinator that was killed before that.
         return [*self._decide(now, job, report), *acknowledged, *self._tell(job)]
@@ -687,15 +784,12 @@ class Coordinator:
         rank = report.member.rpartition("/")[2]
         if report.status == 0 and report.completed:
             job.finished.add(report.member)
-            return self._end_if_finished(now, job)
+            return self._carry_out(now, job, "worker-finished", "")
         if report.discarded:
             job.discarded.add(report.member)
-            least, left = job.spec.min_nodes * job.spec.nproc_per_node, len(job.slots) - len(job.discarded)
-            if left < least:
-                job.log_tail = report.log_tail
-                result = f"the job's rank assignment discarded rank {rank}: {left} ranks are left, fewer than {least}"
-                return self._end(now, job, "FAILED", result)
-            return self._end_if_finished(now, job)
+            job.log_tail = report.log_tail
+            why = f"the job's rank assignment discarded rank {rank}"
+            return self._carry_out(now, job, "worker-discarded", why)
         how = exit_cause(report.status).text if report.status else "exited with code 0 before it had completed"
         job.log_tail = report.log_tail
         if report.status == ABORT_EXIT_CODE:
@@ -705,25 +799,65 @@ class Coordinator:
             job.process_restarts += report.charged
             job.sentence = f"rank {rank} {how}; a replacement joins"
             return [_persist(job)]
+        job.failed.add(report.member)
+        return self._carry_out(now, job, "worker-failed", f"rank {rank} {how}")
+
+    def _carry_out(self, now: float, job: Job, happening: Happening, why: str) -> list[Effect]:
+        """What the job's policy says to what happened; ``why`` names it for people."""
+        found = standing(job)
+        match decide(happening, found):
+            case "succeed":
+                return self._end(now, job, "SUCCEEDED", _success(job))
+            case "fail":
+                left = len(job.slots) - len(job.discarded)
+                result = f"{why}: {left} ranks are left, fewer than {job.spec.min_ranks}"
+                return self._end(now, job, "FAILED", result)
+            case "fill":
+                return self._fill(now, job, why)
+            case "restart":
+                if job.spec.policy == "min-healthy":
+                    why += f"; {found.well} worker groups are well, fewer than {found.least}"
+                return self._charged_restart(now, job, why)
+            case _:
+                job.sentence = f"{why}; {found.well} worker groups go on" if why else job.sentence
+                return [_persist(job)]
+
+    def _charged_restart(self, now: float, job: Job, why: str) -> list[Effect]:
         if job.budget.spend(now):
             job.process_restarts += 1
-            job.sentence = f"rank {rank} {how}; all workers are restarted"
+            job.sentence = f"{why}; all workers are restarted"
             job.notice = _unwrapped(job)
-            job.state = "RESTARTING"
-            return self._stop_workers(now, job, final=False)
+            return self._restart(now, job)
         tried = (
             f"the {job.spec.max_restarts} restarts of --max-restarts are used up"
             if job.spec.max_restarts
             else "--max-restarts 0 allows no restart"
         )
-        return self._end(now, job, "FAILED", f"rank {rank} {how}, and {tried}")
+        return self._end(now, job, "FAILED", f"{why}, and {tried}")
 
-    def _end_if_finished(self, now: float, job: Job) -> list[Effect]:
-        if len(job.finished) + len(job.discarded) < len(job.slots):
-            return [_persist(job)]
-        discarded = f", {len(job.discarded)} were discarded by its rank assignment" if job.discarded else ""
-        count = f"all {len(job.slots)}" if not job.discarded else f"{len(job.finished)} of {len(job.slots)}"
-        return self._end(now, job, "SUCCEEDED", f"{count} ranks completed{discarded}")
+    def _restart(self, now: float, job: Job) -> list[Effect]:
+        job.state = "RESTARTING"
+        job.moving = ""
+        return self._stop_workers(now, job, final=False)
+
+    def _node_gone(self, now: float, job: Job, node: str) -> list[Effect]:
+        """The lighthouse says that a node of the job is lost."""
+        members = {slot.member for slot in job.slots if slot.node == node} - job.finished - job.failed
+        # It may be heard again at once: then it introduces itself.
+        self.nodes.pop(node, None)
+        if not members or job.state not in ("STARTING", "RUNNING"):
+            return []
+        job.left.add(node)
+        job.failed |= members
+        for member in members:
+            if member in job.processes:
+                job.processes[member].alive = False
+        if decide("node-lost", standing(job)) == "fill":
+            job.slots = [slot for slot in job.slots if slot.node != node]
+            job.failed -= members
+            for member in members:
+                job.processes.pop(member, None)
+        return self._carry_out(now, job, "node-lost", f"node {node} is lost")
 
     def _abort(self, now: float, route: bytes, report: AbortJob) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -750,12 +884,20 @@ class Coordinator:
     # --- incidents -----------------------------------------------------------------------------------------
 
     def _failure(self, now: float, job: Job, event: FailureEvent) -> list[Effect]:
-        job.incidents.failed(event)
-        who = "the store" if event.failure.rank < 0 else f"rank {event.failure.rank}"
-        job.sentence = f"restarts: {who} {event.failure.kind} ({first_line(event.failure.cause.text)})"
-        gone = event.failure.cause.kind == "node" and event.failure.node == job.store_node
-        if gone and not job.moving and job.state == "RUNNING":
-            return self._move_store(now, job)
+        failure = event.failure
+        if failure.iteration >= 0 or job.iteration < 0:
+            # Else it was lost before it entered the session, which goes on.
+            job.incidents.failed(event)
+        if failure.cause.kind == "node":
+            effects = self._node_gone(now, job, failure.node)
+            if failure.node == job.store_node and not job.moving and job.state == "RUNNING":
+                effects += self._move_store(now, job)
+            return [*effects, *self._tell(job)]
+        if job.state in ("STARTING", "RUNNING"):
+            who = "the store" if failure.rank < 0 else f"rank {failure.rank}"
+            job.sentence = f"restarts: {who} {failure.kind} ({first_line(failure.cause.text)})"
+            if failure.cause.kind == "joined":
+                job.sentence = f"restarts in process: {first_line(failure.cause.text)}"
         return self._tell(job)
 
     def _quorum(self, now: float, job: Job, event: QuorumEvent) -> list[Effect]:
@@ -763,6 +905,8 @@ class Coordinator:
             return []
         job.incidents.answered(event)
         job.iteration = event.iteration
+        self._recognise(job, event)
+        job.completed = False
         again, job.restarts = event.restarts > job.restarts, event.restarts
         if again and not job.fruitless.spend(now) and job.state == "RUNNING":
             why = job.sentence.removeprefix("restarts: ")
@@ -770,6 +914,18 @@ class Coordinator:
             return self._end(now, job, "FAILED", result)
         job.sentence = "runs"
         return [_persist(job), *self._tell(job)]
+
+    @staticmethod
+    def _recognise(job: Job, event: QuorumEvent) -> None:
+        """Who is in a quorum lives, also who was thought to be gone with its node: that was only cut off."""
+        job.failed -= {member.member for member in event.members}
+        placed = {slot.member for slot in job.slots}
+        for one in event.members:
+            if one.member not in placed:
+                group_rank = one.initial_rank // job.spec.nproc_per_node
+                job.slots.append(Slot(one.member, one.initial_rank, one.local_rank, one.node, group_rank))
+                job.left.discard(one.node)
+        job.slots.sort(key=lambda slot: slot.rank)
 
     def _waiting(self, beat: EventBeat) -> list[Effect]:
         effects: list[Effect] = []
@@ -829,10 +985,9 @@ class Coordinator:
         if job.state == "STOPPING":
             job.state = job.outcome
             job.sentence = job.result
-            return [_persist(job), *self._tell(job), *self._place_waiting(now)]
-        job.state = "STARTING"
+            return [_persist(job), *self._tell(job), *self._use_room(now)]
         job.incidents.restarted()
-        return self._new_generation(now, job)
+        return self._place(now, job)
 
     def shut_down(self, now: float) -> list[Effect]:
         """This suite is being stopped: so are its jobs (D12)."""
@@ -869,6 +1024,16 @@ class Coordinator:
                 effects += self._place(now, job)
             if job.roster_request and now >= job.roster_due:
                 effects += self._announce(now, job)
+            if job.state == "STARTING":
+                # Of a node that was never heard as a member of the job the lighthouse can say nothing.
+                silent = [node for node in dict.fromkeys(slot.node for slot in job.slots) if not self._beats(now, node)]
+                effects += [effect for node in silent for effect in self._node_gone(now, job, node)]
+            if job.completed and job.state == "RUNNING":
+                # Nobody reports the end of a process that had nothing left to do but to end.
+                unheard = {slot.member for slot in job.slots if not self._beats(now, slot.node)} - job.finished
+                if unheard:
+                    job.finished |= unheard
+                    effects += self._carry_out(now, job, "worker-finished", "")
             effects += self._keep_moving(now, job)
             if job.stopping and now >= job.stop_until:
                 job.stopping.clear()
@@ -930,7 +1095,38 @@ def record(job: Job) -> JobRecord:
         state_version=job.state_version,
         state_text=job.state_text,
         store_node=job.store_node,
+        placement=job.placement,
+        width=job.width,
+        failed=sorted(job.failed),
+        left=sorted(job.left),
+        heard=job.heard,
     )
+
+
+def standing(job: Job) -> Standing:
+    """A job as the policies look at it: in nodes under ``min-healthy`` that counts nodes, else in ranks."""
+    by_node = job.spec.policy == "min-healthy" and job.spec.worker_group == "node"
+    groups: dict[int, list[str]] = {}
+    for slot in job.slots:
+        groups.setdefault(slot.group_rank if by_node else slot.rank, []).append(slot.member)
+    lost = job.failed | job.discarded
+    return Standing(
+        policy=job.spec.policy,
+        wrapped=job.wrapped,
+        least=job.spec.min_nodes if by_node else job.spec.min_ranks,
+        well=sum(lost.isdisjoint(members) for members in groups.values()),
+        finished=sum(job.finished.issuperset(members) for members in groups.values()),
+        running=sum(slot.member not in lost and slot.member not in job.finished for slot in job.slots),
+        missing=job.spec.max_ranks - len(job.slots),
+    )
+
+
+def _success(job: Job) -> str:
+    finished, width = len(job.finished), max(job.width, len(job.slots))
+    text = f"{'all' if finished == width else f'{finished} of'} {width} ranks completed"
+    text += f", {len(job.discarded)} were discarded by its rank assignment" if job.discarded else ""
+    lost = width - finished - len(job.discarded)
+    return f"{text}, {lost} were lost and had no replacement" if lost else text
 
 
 def _members(job: Job) -> list[MemberStatus]:

@@ -207,6 +207,9 @@ class Lighthouse:
             # Not acknowledged, so that it is repeated to whoever knows which iteration it ends.
             group.defer(report)
             return effects
+        if isinstance(report, MemberStarted) and (report.generation, report.placement) > group.roster:
+            # The agent heard of it first; it repeats what is not acknowledged.
+            return effects
         match report:
             case MemberStarted():
                 effects += group.started(now, report)

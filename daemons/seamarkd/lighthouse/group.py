@@ -54,6 +54,8 @@ EVIDENCE_WINDOW = 0.1
 """Seconds a communication fault waits for the loss that explains it; a death report takes about a millisecond."""
 HEARTBEAT_TIMEOUT = 5.0
 """Seconds; torchft's default, for a member's health in the quorum decision."""
+PLACEMENT_WINDOW = 1.0
+"""Seconds a quorum waits to hear whether the members of a lost node get another place; that takes milliseconds."""
 
 
 class MemberState(Struct):
@@ -68,6 +70,10 @@ class MemberState(Struct):
     incarnation: str = ""
     lost: str = ""
     presumed: bool = False
+
+    def is_elsewhere(self, node: str) -> bool:
+        """Whether the slot's place is not, or no longer, on this node."""
+        return bool(node) and node != self.slot.node
 
     def may_lose(self, report: MemberLost) -> bool:
         """True for the first report of the loss of who fills the slot, or filled it while nobody listened."""
@@ -130,6 +136,9 @@ class Group:
         self._options = QuorumOptions()
         self._base_iteration = -1
         self._start_timeout = 0.0
+        self._placement = 0
+        self._refills = False
+        """The coordinator gives a lost node's members other places, and the group takes in who comes."""
         self._store = StoreAddress()
         self._store_node = ""
         self._store_gone = False
@@ -138,6 +147,8 @@ class Group:
         self._expected: dict[str, float] = {}
         self._previous: PreviousQuorum | None = None
         self._active: frozenset[str] = frozenset()
+        self._active_in = -1
+        """The generation of those."""
         self._completions: dict[str, Waiter] = {}
         self._answered: dict[str, Waiter] = {}
         self._last_answer: QuorumAnswer | None = None
@@ -157,6 +168,11 @@ class Group:
         return self.done or bool(self.aborted)
 
     @property
+    def roster(self) -> tuple[int, int]:
+        """Generation and placement of the roster in force."""
+        return self.generation, self._placement
+
+    @property
     def quorum_id(self) -> int:
         """Of the last quorum; 0 before the first."""
         return self._previous.quorum_id if self._previous else 0
@@ -170,8 +186,12 @@ class Group:
 
     def set_roster(self, now: float, roster: Roster) -> list[Effect]:
         """A new roster: higher generations replace the members, the same one is heard again without effect."""
+        if roster.generation == self.generation and roster.placement > self._placement:
+            return self._place(now, roster)
         if roster.generation <= self.generation:
             return []
+        self._placement = roster.placement
+        self._refills = roster.policy == "replace" and bool(roster.submission)
         self.submission = roster.submission
         self._store = roster.store
         self._store_node, self._store_gone = roster.store_node, False
@@ -196,10 +216,37 @@ class Group:
         self._unheard_until = now + HEARTBEAT_TIMEOUT
         return stale
 
+    def _place(self, now: float, roster: Roster) -> list[Effect]:
+        """Slots of lost nodes have other places, or none for now, and there may be more of them."""
+        self._placement = roster.placement
+        for slot in roster.slots:
+            state = self.members.get(slot.member)
+            if state is not None and state.slot.placed == slot.placed:
+                continue
+            if state is None:
+                state = self.members[slot.member] = MemberState(slot)
+            elif state.slot.node != slot.node:
+                self._on_node[state.slot.node].remove(slot.member)
+                self._dead |= {state.incarnation} - {""}
+                self._living.discard(slot.member)
+                state.incarnation, state.presumed = "", False
+            state.slot = slot
+            on_node = self._on_node.setdefault(slot.node, [])
+            if slot.member not in on_node:
+                on_node.append(slot.member)
+            if not state.incarnation:
+                self._expected[slot.member] = now + self._options.join_timeout
+        for member in self.members.keys() - {slot.member for slot in roster.slots}:
+            self._expected.pop(member, None)
+        return self.answer_if_ready(now)
+
     def started(self, now: float, report: MemberStarted) -> list[Effect]:
         """A slot has a new incarnation; the next quorum waits for it."""
         state = self.members.get(report.member)
         if state is None or report.generation != self.generation or state.incarnation == report.incarnation:
+            return []
+        if state.is_elsewhere(report.node):
+            # Its place is another node's by now.
             return []
         if report.incarnation in self._dead:
             if not (state.presumed and state.lost == report.incarnation and not state.incarnation):
@@ -225,7 +272,7 @@ class Group:
             self.call, self._fresh = last.call, False
         if self._previous is None or last.quorum_id > self._previous.quorum_id:
             self._previous = PreviousQuorum(last.quorum_id, frozenset(last.members))
-            self._active = self._previous.members
+            self._active, self._active_in = self._previous.members, last.generation
             self.iteration = max(self.iteration, last.iteration)
             self.restarts = max(self.restarts, last.restarts)
         return self._all_heard(now)
@@ -258,7 +305,8 @@ class Group:
         """Who died while recalling filled the slot when that began, though its replacement was announced meanwhile."""
         first: dict[str, str] = {}
         for report in losses:
-            if report.generation == self.generation:
+            state = self.members.get(report.member)
+            if report.generation == self.generation and state is not None and not state.is_elsewhere(report.node):
                 first.setdefault(report.member, report.incarnation)
         for member, incarnation in first.items():
             state = self.members.get(member)
@@ -268,10 +316,13 @@ class Group:
     def lost(self, now: float, report: MemberLost) -> list[Effect]:
         """A member is dying or dead: published once per incarnation."""
         state = self.members.get(report.member)
-        if state is None or report.generation != self.generation:
+        if state is None or report.generation != self.generation or state.is_elsewhere(report.node):
             return []
         self._dead.add(report.incarnation)
         if not state.may_lose(report):
+            if report.replacement and not state.incarnation:
+                # Lost with its node, which is back, and where it was replaced meanwhile.
+                self._fill(now, state, report.replacement)
             return []
         state.lost = report.incarnation
         state.presumed = False
@@ -282,10 +333,9 @@ class Group:
         was_counted_on = report.member in self._joins or report.member in self._expected
         self._joins.pop(report.member, None)
         self._expected.pop(report.member, None)
-        state.incarnation = report.replacement
+        state.incarnation = ""
         if report.replacement:
-            self._living.add(report.member)
-            self._expected[report.member] = now + self._options.join_timeout
+            self._fill(now, state, report.replacement)
         else:
             self._living.discard(report.member)
         if self.done:
@@ -294,19 +344,23 @@ class Group:
             # Everybody's assignment goes without it already: nobody has to be told, and nobody waits for it.
             self._active -= {report.member}
             return self._completed_by_all() or self.answer_if_ready(now)
+        # Who has not entered yet ends no iteration: the others know nothing of it.
+        outside = self._incident is None and self._active_in == self.generation and report.member not in self._active
         failure = Failure(
             kind="lost",
             member=report.member,
             incarnation=report.incarnation,
             rank=state.slot.rank,
             node=state.slot.node,
-            iteration=self.iteration,
+            iteration=-1 if outside else self.iteration,
             cause=report.cause,
             occurred_at=report.occurred_at,
             detected_at=report.detected_at,
             published_at=now,
             detector=report.detector,
         )
+        if outside:
+            return [self._publish(failure), *self._take_in(now)]
         incident = self._incident
         if incident is not None and report.cause.kind == "stuck":
             # Its recovery from this very incident failed: nobody has to be told to restart who is not restarting.
@@ -322,6 +376,12 @@ class Group:
             effects += self._reset(f"{report.member} was lost")
         return effects + self.answer_if_ready(now)
 
+    def _fill(self, now: float, state: MemberState, incarnation: str) -> None:
+        """Somebody else fills the slot, and the next quorum waits for it."""
+        state.incarnation = incarnation
+        self._living.add(state.slot.member)
+        self._expected[state.slot.member] = now + self._options.join_timeout
+
     def node_lost(self, now: float, node: str) -> list[Effect]:
         """All members of a lost node expire together."""
         effects: list[Effect] = []
@@ -335,6 +395,8 @@ class Group:
                 )
                 effects += self.lost(now, report)
                 state.presumed = True
+                if self._refills:
+                    self._expected[member] = now + PLACEMENT_WINDOW
         return effects
 
     def node_returned(self, now: float, node: str) -> list[Effect]:
@@ -411,7 +473,7 @@ class Group:
         self._joins[request.member] = (waiter, request)
         self._expected.pop(request.member, None)
         self._completions.pop(request.member, None)
-        effects = [*begun, *self._unexplained(now, request)]
+        effects = [*begun, *self._unexplained(now, request), *self._take_in(now)]
         return [*effects, *self.answer_if_ready(now)] if self._may_be_complete(now) else effects
 
     def _has_completed(self, call: int) -> bool:
@@ -456,6 +518,26 @@ class Group:
         cause = Cause(kind="exception", text="left the iteration; its report was lost on the way", communication=True)
         report = MemberFaulted(self.job, request.member, request.incarnation, self.iteration, cause, now)
         return self.faulted(now, report)
+
+    def _take_in(self, now: float) -> list[Effect]:
+        """Who was missing asks to enter a session that runs without it: all begin again, with it.
+
+        Once for all who are on their way. Not under other policies, and not where some have returned already: there it
+        waits for what comes.
+        """
+        if not self._refills or self._incident is not None or self.recalling or self._completions or self._fresh:
+            return []
+        inside = self._active & self._living if self._active_in == self.generation else frozenset()
+        newcomers = self._joins.keys() - self._active
+        coming = any(now < at for one, at in self._expected.items() if one not in inside)
+        if not newcomers or coming or not inside - self._joins.keys():
+            return []
+        member = min(newcomers, key=lambda one: self.members[one].slot.rank)
+        state = self.members[member]
+        ranks = sorted(self.members[one].slot.rank for one in newcomers)
+        text = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} joined"
+        cause = Cause(kind="joined", text=text)
+        return self.faulted(now, MemberFaulted(self.job, member, state.incarnation, self.iteration, cause, now))
 
     def complete(self, now: float, route: bytes, request: Complete) -> list[Effect]:
         """A member's function returned; all are told once the last active one has completed."""
@@ -502,7 +584,7 @@ class Group:
             effects += self._all_heard(now)
         if incident is not None and not incident.published and now >= incident.hold_until:
             effects += self._publish_held(incident)
-        return effects + self.answer_if_ready(now)
+        return effects + self._take_in(now) + self.answer_if_ready(now)
 
     def answer_if_ready(self, now: float) -> list[Effect]:
         """Answers the quorum as soon as its members are there."""
@@ -558,7 +640,7 @@ class Group:
         self.iteration = iteration
         self.restarts = restarts
         self._previous = PreviousQuorum(quorum_id, frozenset(chosen))
-        self._active = frozenset(chosen)
+        self._active, self._active_in = frozenset(chosen), self.generation
         self._completions.clear()
         waiting = {member: waiter for member, (waiter, _) in joins.items()}
         for route, recipients in _by_route(waiting).items():
@@ -644,6 +726,9 @@ class Group:
                 incident.consequences.append(failure)
             return []
         incident.published = True
+        if failure.cause.kind == "joined":
+            # Who waits is who came: it need not ask again.
+            return [self._publish(failure)]
         return [self._publish(failure), *self._reset(f"{failure.member} failed"), *self.answer_if_ready(now)]
 
     def _publish_held(self, incident: Incident) -> list[Effect]:
