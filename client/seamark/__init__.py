@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from seamark.inprocess.wrapper import Wrapper as Wrapper
     from seamark.listener import FailureListener as FailureListener
     from seamark.listening import EventsLost as EventsLost
+    from seamark.preemption import on_preemption as on_preemption
+    from seamark.preemption import preempted as preempted
     from seamark.sections import section as section
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "State",
     "Wrapper",
     "checkpoints",
+    "on_preemption",
+    "preempted",
     "section",
 ]
 
@@ -40,6 +44,8 @@ _HOMES = {
     "RestartError": "seamark.inprocess.exceptions",
     "State": "seamark.inprocess.state",
     "Wrapper": "seamark.inprocess.wrapper",
+    "on_preemption": "seamark.preemption",
+    "preempted": "seamark.preemption",
     "section": "seamark.sections",
 }
 

@@ -23,7 +23,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 PAGE_SIZE = 4096
@@ -160,6 +160,9 @@ class ProgressPage:
         atexit.register(page.say_goodbye)
         return page
 
+    at_ping: Callable[[], None] | None = None
+    """Called once, by the next ``ping``: between two steps of the training."""
+
     def close(self) -> None:
         """Unmap a reader's page; any later use raises ValueError."""
         mapping = self._words.obj
@@ -172,6 +175,9 @@ class ProgressPage:
     def ping(self) -> None:
         """Say that the training loop is alive: one memory write, under a microsecond."""
         self._words[_PINGS] += 1
+        if self.at_ping is not None:
+            at_ping, self.at_ping = self.at_ping, None
+            at_ping()
 
     def enter(self, phase: Phase) -> None:
         """Say what comes now; sections that an interrupt left open are closed by it."""

@@ -1,4 +1,4 @@
-"""What the exit status of a worker means."""
+"""How workers end: what their exit status means, and how long they have."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from seamark.protocol.messages import Cause
 
 ABORT_EXIT_CODE = 130
 """A worker that ended by RestartAbort: the job is to end, nobody is to be restarted."""
+PREEMPTION_GRACE = 30.0
+"""Seconds workers have for an emergency checkpoint when their host goes away (D12)."""
 
 
 def discarded_cause(status: int) -> Cause:

@@ -317,6 +317,7 @@ class Host(Peer):
         self._untold: set[str] = set()
         self._numbers = itertools.count()
         self._beats = 0
+        self._drained = False
         self.door = False
 
     def __str__(self) -> str:
@@ -334,6 +335,8 @@ class Host(Peer):
         self.from_coordinator = Link(cluster, self._from_coordinator, waits=False)
         self.events = Link(cluster, lambda m: self.perform(self.core.heard(m)) if self.alive else None, waits=False)
         self._untold.clear()
+        if self._drained:
+            self.core.drain("asked")
         if self._memory is not None:
             self._adopt(msgspec.json.decode(self._memory, type=agent.Job))
         if not self.alive:
@@ -342,7 +345,7 @@ class Host(Peer):
         for worker in self.workers.values():
             self.soon(0.5, worker.connect)
         for link in (self.to_lighthouse, self.to_coordinator):
-            link.send(NodeHello(self.name, self.route.decode(), "ipc:///agent", PER_NODE))
+            link.send(self._hello())
         self.soon(0.05, self.reach_lighthouse)
         self.soon(0.3, self.subscribe)
         self.soon(0.05, self.reach_coordinator)
@@ -387,6 +390,24 @@ class Host(Peer):
             self.soon(0.5, self.reach_lighthouse)
             self.soon(0.5, self.subscribe)
             self.soon(0.5, self.reach_coordinator)
+
+    def _hello(self) -> NodeHello:
+        return NodeHello(self.name, self.route.decode(), "ipc:///agent", PER_NODE, "", self.core.draining)
+
+    def drain(self) -> None:
+        """It is to be left."""
+        self.cluster.gave_up.add(self.name)
+        self.cluster.log(f"{self.name} drains")
+        self._drained = True
+        if self.alive:
+            self.perform(self.core.drain("asked"))
+
+    def serve(self) -> None:
+        """It serves again."""
+        self.cluster.log(f"{self.name} serves")
+        self._drained = False
+        if self.alive:
+            self.perform(self.core.serve())
 
     def crash(self) -> None:
         """Its power fails: all that ran there is gone, and nobody says so."""
@@ -444,7 +465,7 @@ class Host(Peer):
         match message:
             case BeatAnswer():
                 if not message.known:
-                    self.to_lighthouse.send(NodeHello(self.name, self.route.decode(), "ipc:///agent", PER_NODE))
+                    self.to_lighthouse.send(self._hello())
             case Welcome():
                 self.perform(self.core.registered(self.cluster.now))
             case Snapshot():
@@ -456,7 +477,7 @@ class Host(Peer):
         if not self.alive:
             return
         if isinstance(message, BeatAnswer) and not message.known:
-            self.to_coordinator.send(NodeHello(self.name, self.route.decode(), "ipc:///agent", PER_NODE))
+            self.to_coordinator.send(self._hello())
         if isinstance(message, Welcome):
             self.perform(self.core.welcomed(self.cluster.now))
         self.perform(self.core.from_coordinator(self.cluster.now, message))
@@ -482,6 +503,11 @@ class Host(Peer):
             case agent.SignalWorker(_, _, incarnation, _):
                 if incarnation in self.workers:
                     self.workers[incarnation].end(-9)
+            case agent.EndWorker(_, incarnation, _):
+                if incarnation in self.workers:
+                    self.soon(0.3, lambda: self.workers[incarnation].end(143))
+            case agent.Introduce():
+                self.to_coordinator.send(self._hello())
             case agent.Remember(job):
                 self._memory = msgspec.json.encode(self.core.jobs[job]) if job in self.core.jobs else None
             case agent.ForgetExit(_, _, incarnation):
@@ -544,6 +570,10 @@ class Worker:
     def inside(self) -> bool:
         """In the function: in a collective that only the others, or a failure, can end."""
         return self.alive and self.iteration >= 0 and self.pending is None
+
+    @property
+    def _was_away(self) -> bool:
+        return self.host.name in self.cluster.gave_up
 
     def connect(self) -> None:
         if self.alive and self._begun and self.host.door:
@@ -657,9 +687,7 @@ class Worker:
                 if pending is not None and pending.request in mine:
                     self.pending = None
                     self._answered(pending, message)
-            case Refused(code="STALE_GENERATION") if (
-                self.pending is not None and self.host.name in self.cluster.gave_up
-            ):
+            case Refused(code="STALE_GENERATION" | "UNKNOWN_MEMBER") if self.pending and self._was_away:
                 # Its place was given to another host.
                 self.end(1)
             case Refused(code="STALE_GENERATION" | "UNKNOWN_MEMBER") if self.pending is not None:

@@ -114,7 +114,7 @@ def test_ranks_and_daemons_are_killed_and_all_go_on_together() -> None:
 
 
 def test_hosts_are_lost_and_come_back_and_the_world_is_whole_again() -> None:
-    """Three hosts, a job on two: one after the other is cut off or loses its power, for a while or for good."""
+    """Three hosts, a job on two: one after the other is cut off, loses its power, or is drained, for a while."""
     for seed in schedules():
         cluster = Cluster(seed, hosts=3)
         cluster.run(1.0)
@@ -125,12 +125,9 @@ def test_hosts_are_lost_and_come_back_and_the_world_is_whole_again() -> None:
         for name in chance.sample(sorted(cluster.hosts), chance.randint(1, 3)):
             host = cluster.hosts[name]
             back = at + chance.choice([0.7, 1.5, 4.0, 12.0]) + chance.random()
-            if chance.random() < 0.5:
-                cluster.at(at, host.cut)
-                cluster.at(back, host.mend)
-            else:
-                cluster.at(at, host.crash)
-                cluster.at(back, host.boot)
+            begin, end = chance.choice([(host.cut, host.mend), (host.crash, host.boot), (host.drain, host.serve)])
+            cluster.at(at, begin)
+            cluster.at(back, end)
             if chance.random() < 0.5:
                 disturb(cluster, at)
             at = back + chance.choice([0.3, 2.0, 8.0])

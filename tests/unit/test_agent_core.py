@@ -14,6 +14,7 @@ from seamark.protocol.messages import (
     Acknowledged,
     Cause,
     Completed,
+    DrainNode,
     EventBeat,
     Failure,
     FailureEvent,
@@ -48,11 +49,13 @@ from seamark.protocol.messages import (
 )
 from seamarkd.agent.core import (
     ABORT_PATIENCE,
+    PREEMPTION_GRACE,
     RESEND_INTERVAL,
     Agent,
     Effect,
     EndWorker,
     ForgetExit,
+    Introduce,
     Job,
     Remember,
     SignalWorker,
@@ -575,3 +578,77 @@ def test_a_store_that_is_elsewhere_now_can_come_back_here() -> None:
     assert Remember("job") in agent.from_coordinator(NOW, away)
     assert agent.store_exited("job") == [], "what is left of the old one is nobody's store"
     assert any(isinstance(one, StartStore) for one in agent.from_coordinator(NOW, PrepareJob(4, spec(), store=True)))
+
+
+# --- places, and a host that goes away ---------------------------------------------------------------------
+
+
+def moved(placement: int, *nodes: str) -> Roster:
+    """The same generation, with ranks 0, 1, ... on these nodes."""
+    slots = [Slot(f"job/{rank}", rank, rank, node, 0, placement) for rank, node in enumerate(nodes)]
+    return msgspec.structs.replace(roster(), slots=slots, placement=placement)
+
+
+def test_a_place_that_came_here_is_started_and_one_that_went_is_ended() -> None:
+    bench = Bench()
+    effects = bench.agent.from_coordinator(NOW, moved(1, "there", "here", "here"))
+    assert started(effects) == ["job/2"]
+    assert [one.incarnation for one in effects if isinstance(one, SignalWorker)] == ["i0"]
+    assert to_lighthouse(bench.exit(-9), MemberLost) == [], "nobody's loss"
+
+
+def test_who_lives_in_its_place_is_announced_again_and_not_started_twice() -> None:
+    bench = Bench()
+    effects = bench.agent.from_coordinator(NOW, moved(2, "here", "here", "there"))
+    assert started(effects) == []
+    assert [(one.incarnation, one.placement) for one in to_lighthouse(effects, MemberStarted)] == [("i0", 2), ("i1", 2)]
+    assert bench.agent.from_coordinator(NOW, moved(1, "there", "there", "there")) == [ToCoordinator(Acknowledged(7))]
+
+
+def test_what_is_asked_of_a_node_that_still_ends_the_job_is_done_afterwards() -> None:
+    bench = Bench()
+    bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))
+    assert started(bench.agent.from_coordinator(NOW, moved(1, "here"))) == []
+    assert started(bench.agent.stopped(NOW, "job")) == ["job/0"]
+
+
+def test_a_node_that_drains_asks_its_workers_and_gives_none_of_them_a_successor() -> None:
+    bench = Bench()
+    effects = bench.agent.drain("spot")
+    assert [one for one in effects if isinstance(one, EndWorker)] == [
+        EndWorker("job", "i0", PREEMPTION_GRACE),
+        EndWorker("job", "i1", PREEMPTION_GRACE),
+    ]
+    assert bench.agent.drain("spot") == [Introduce()], "a second time does not begin the wait anew"
+    effects = bench.exit(143)
+    (lost,) = to_lighthouse(effects, MemberLost)
+    assert (lost.cause.kind, lost.cause.text, lost.replacement) == ("node", "node here drains: spot", "")
+    assert bench.agent.busy
+    effects = bench.exit(-9, "i1")
+    assert [type(one) for one in effects if isinstance(one, StopJobHere)] == [StopJobHere], "keeper and store, too"
+    assert not bench.agent.busy
+
+
+def test_a_node_that_drains_ends_nobody_twice_who_ends_already() -> None:
+    bench = Bench()
+    bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))
+    assert bench.agent.drain("spot") == [Introduce()]
+
+
+def test_a_node_serves_again() -> None:
+    bench = Bench()
+    order = DrainNode(1, "here", "a new driver")
+    bench.agent.from_coordinator(NOW, order)
+    assert bench.agent.draining == "a new driver"
+    assert bench.agent.from_coordinator(NOW, msgspec.structs.replace(order, undo=True)) == [Introduce()]
+    assert bench.agent.draining == ""
+
+
+def test_the_end_of_a_node_s_part_is_not_taken_back_by_a_restart_of_all() -> None:
+    bench = Bench()
+    bench.agent.drain("spot")
+    for incarnation in ("i0", "i1"):
+        bench.exit(143, incarnation)
+    bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, False))
+    assert to_coordinator(bench.agent.stopped(NOW, "job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
+    assert started(bench.agent.from_coordinator(NOW, roster(generation=1))) == ["job/0", "job/1"]

@@ -13,6 +13,7 @@ from seamark.protocol.messages import (
     Acknowledged,
     Cause,
     CompletedEvent,
+    DrainNode,
     EventBeat,
     Failure,
     FailureEvent,
@@ -113,7 +114,14 @@ class Bench:
             self.send(WorkerStarted(0, "job", generation, f"job/{rank}", incarnation, 100 + rank, 0.0, ""))
 
     def exit(
-        self, rank: int, status: int, *, replacement: str = "", completed: bool = False, discarded: bool = False
+        self,
+        rank: int,
+        status: int,
+        *,
+        replacement: str = "",
+        completed: bool = False,
+        discarded: bool = False,
+        route: bytes = b"node",
     ) -> list[Effect]:
         process = self.job.processes[f"job/{rank}"]
         effects = self.send(
@@ -851,7 +859,7 @@ def test_an_exit_that_a_node_reports_after_its_places_were_given_away_changes_no
     bench.hello("n2")
     lose_node(bench, "n1")
     start_all(bench)
-    report = WorkerExited(0, "job", 0, "job/3", "g0r3p0", -9, True, False, False, "", "/log", [], 0)
+    report = WorkerExited(0, "job", 0, "job/3", "g0r3p0", -9, True, False, False, "", "/log", [], 0, node="n1")
     bench.send(report)
     assert bench.job.state == "RUNNING"
     assert bench.job.processes["job/3"].alive
@@ -875,3 +883,64 @@ def test_a_node_that_falls_silent_while_a_job_starts_on_it_is_not_waited_for() -
     assert bench.job.state == "RESTARTING"
     bench.send(WorkersStopped(bench.job.request, "job", 0))
     assert places(bench) == {0: "n0", 1: "n0"}
+
+
+def drains(bench: Bench, node: str) -> None:
+    bench.send(NodeHello(node, "i", "ipc:///a", 8, "", "spot"), node.encode())
+
+
+def test_nodes_that_will_have_the_places_of_one_that_drains_are_prepared() -> None:
+    bench = wide(2)
+    bench.hello("n2")
+    drains(bench, "n1")
+    (order,) = bench.told(PrepareJob)
+    assert not order.store
+    assert places(bench)[3] == "n1", "as long as its workers are there"
+    assert bench.told(StopWorkers) == []
+    lose_node(bench, "n1")
+    assert places(bench)[3] == "n2"
+    assert bench.job.process_restarts == 0
+
+
+def test_no_worker_is_placed_on_a_node_that_drains_until_it_serves_again() -> None:
+    bench = wide(2)
+    drains(bench, "n1")
+    lose_node(bench, "n1")
+    assert places(bench) == {0: "n0", 1: "n0"}
+    drains(bench, "n1")
+    assert places(bench) == {0: "n0", 1: "n0"}
+    bench.hello("n1")
+    assert places(bench)[3] == "n1"
+
+
+@pytest.mark.parametrize("first", ["exit", "event"])
+def test_a_restart_for_a_node_that_drains_is_charged_to_nobody(first: str) -> None:
+    bench = wide(2, wrapped=False, policy="any-failed")
+    drains(bench, "n1")
+    if first == "exit":
+        bench.exit(2, 143)
+    else:
+        lose_node(bench, "n1")
+    assert (bench.job.state, bench.job.process_restarts) == ("RESTARTING", 0)
+    assert "node n1 drains: spot" in bench.job.sentence
+    bench.send(WorkersStopped(bench.job.request, "job", 0), b"node")
+    assert bench.job.state == "RESTARTING", "its checkpoint is waited for"
+    bench.send(WorkersStopped(bench.job.request, "job", 0), b"n1")
+    assert places(bench) == {0: "n0", 1: "n0"}
+
+
+def test_an_order_to_drain_reaches_its_node_or_is_refused() -> None:
+    bench = wide(2)
+    bench.send(DrainNode(5, "n1", "why"), b"operator")
+    assert [type(one.message) for one in bench.said if isinstance(one, Send)] == [DrainNode, Acknowledged]
+    bench.send(DrainNode(6, "n7", "why"), b"operator")
+    (refused,) = bench.told(Refused)
+    assert refused.reason == "there is no node n7 here; there are: n0, n1"
+
+
+def test_a_node_that_drained_and_went_is_forgotten() -> None:
+    bench = wide(2)
+    drains(bench, "n1")
+    bench.now += 30.0
+    bench.core.tick(bench.now)
+    assert "n1" not in bench.core.nodes

@@ -18,11 +18,12 @@ import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from seamark import preemption
 from seamark.environment import WorkerEnvironment
 from seamark.inprocess.abort import ProcessGroups
 from seamark.inprocess.cleanup import describe, let_go
@@ -231,13 +232,18 @@ class _Restarter:
         self._rendezvous.install()
         self._page.timeouts = wrapper.timeouts
         self._page.wrapped = True
+        preemption.attach(self._call_at_ping, self._interrupter.atomic)
         self._session = Session(environment, self._give_up, Signs(self._page).ask)
         self.call.state_dict = StateDict(os.environ.get(SHARED_STATE, ""), self._session.share)
 
     def __enter__(self) -> _Restarter:
         return self
 
+    def _call_at_ping(self, action: Callable[[], None]) -> None:
+        self._page.at_ping = action
+
     def __exit__(self, *exception: object) -> None:
+        preemption.attach(None, nullcontext)
         self._page.enter(Phase.OUTSIDE)
         self._session.close()
         self._spare.close()

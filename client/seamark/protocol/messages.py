@@ -210,7 +210,10 @@ class Failure(Part, frozen=True):
 
 
 class NodeHello(Message, frozen=True):
-    """An agent introduces its node. ``address`` is where the lighthouse may knock, to see whether the host lives."""
+    """An agent introduces its node. ``address`` is where the lighthouse may knock, to see whether the host lives.
+
+    ``draining`` says why no worker is to be placed there, and those that are there leave; empty for a node that serves.
+    """
 
     type_id = 1
     direction = "agent -> lighthouse, coordinator"
@@ -220,6 +223,19 @@ class NodeHello(Message, frozen=True):
     address: Short
     slots: Count
     software: Short = ""
+    draining: Short = ""
+
+
+class DrainNode(Message, frozen=True):
+    """A person wants this node to be left by its workers, and given no new ones; with ``undo`` to serve again."""
+
+    type_id = 8
+    direction = "operator -> coordinator -> agent"
+    answer = "Acknowledged | Refused"
+    request: Count
+    node: Name
+    reason: Short
+    undo: bool = False
 
 
 class Welcome(Message, frozen=True):
@@ -972,6 +988,7 @@ class NodeStatus(Part, frozen=True):
     node: Name
     slots: Count
     used: Count
+    draining: Short = ""
 
 
 class MemberStatus(Part, frozen=True):
@@ -1088,12 +1105,14 @@ class WorkerStarted(Message, frozen=True):
     pid: Count
     forked_at: Moment
     replaces: Short
+    node: Short = ""
 
 
 class WorkerExited(Message, frozen=True):
     """A worker process ended. ``status``: exit code, or minus the signal; ``replacement``: who was started instead.
 
-    ``discarded``: the job's own rank assignment dropped it, which is nobody's failure.
+    ``discarded``: the job's own rank assignment dropped it, which is nobody's failure. ``node``: where it was; its
+    place may be another node's by now.
     """
 
     type_id = 54
@@ -1113,6 +1132,7 @@ class WorkerExited(Message, frozen=True):
     log_tail: list[Text]
     charged: Count
     discarded: bool = False
+    node: Short = ""
 
 
 class WorkerRegistered(Message, frozen=True):

@@ -21,6 +21,7 @@ from seamark.protocol.messages import (
     Cause,
     Complete,
     Completed,
+    DrainNode,
     Event,
     EventBeat,
     FailureEvent,
@@ -56,7 +57,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.agent.hang import Verdict
 from seamarkd.cursor import EventCursor
-from seamarkd.exits import ABORT_EXIT_CODE, discarded_cause, exit_cause
+from seamarkd.exits import ABORT_EXIT_CODE, PREEMPTION_GRACE, discarded_cause, exit_cause
 
 RESEND_INTERVAL = 0.5
 """Seconds between two sendings of a report that nobody acknowledged."""
@@ -122,6 +123,10 @@ class SignalWorker(Struct, frozen=True):
     signum: int
 
 
+class Introduce(Struct, frozen=True):
+    """Tell the coordinator how this node is now: it drains, or serves again."""
+
+
 class StartKeeper(Struct, frozen=True):
     """Have a keeper for this job, which imports torch ahead of the workers."""
 
@@ -172,6 +177,7 @@ Effect: TypeAlias = (
     | WatchWorker
     | SignalWorker
     | EndWorker
+    | Introduce
     | StartKeeper
     | StartStore
     | Remember
@@ -246,6 +252,8 @@ class Agent:
     def __init__(self, node: str, new_incarnation: Callable[[], str]) -> None:
         self.node = node
         self.jobs: dict[str, Job] = {}
+        self.draining = ""
+        """Why its workers leave and no others come; empty while it serves."""
         self._new_incarnation = new_incarnation
         self._request = 0
         self._reports: dict[int, Report] = {}
@@ -267,9 +275,47 @@ class Agent:
                 return self._roster(now, message)
             case StopWorkers():
                 return self._stop(message)
+            case DrainNode():
+                return self.serve() if message.undo else self.drain(message.reason)
             case _:
                 pass
         return []
+
+    # --- a host that goes away (D12) -----------------------------------------------------------------------
+
+    def drain(self, reason: str) -> list[Effect]:
+        """All workers are asked to end, and have ``PREEMPTION_GRACE`` for that; what they leave is another node's."""
+        asked_before, self.draining = bool(self.draining), reason
+        effects: list[Effect] = [Introduce()]
+        if asked_before:
+            # The first one's time goes on running.
+            return effects
+        for job in self.jobs.values():
+            for worker in job.workers.values() if not job.ended else ():
+                if not worker.lost and not worker.ordered:
+                    effects.append(EndWorker(job.name, worker.incarnation, PREEMPTION_GRACE))
+        return effects
+
+    def serve(self) -> list[Effect]:
+        """It takes workers again."""
+        self.draining = ""
+        return [Introduce()]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a worker of it lives."""
+        return any(job.workers for job in self.jobs.values())
+
+    @property
+    def unheard(self) -> bool:
+        """Whether nobody has acknowledged some report."""
+        return bool(self._reports)
+
+    def _leave(self, job: Job) -> list[Effect]:
+        """The last worker of a node that drains has ended: the job's keeper and store end, too."""
+        if not self.draining or job.workers or job.ended or job.roster is None:
+            return []
+        return self._stop(StopWorkers(0, job.name, job.roster.generation, 0.0, final=True))
 
     def _exit_known(self, report: Message) -> list[Effect]:
         if not isinstance(report, WorkerExited):
@@ -379,18 +425,21 @@ class Agent:
         if job is None:
             return [ToCoordinator(WorkersStopped(order.request, order.job, order.generation))]
         under_way = job.stopping is not None and (job.stopping.final or not order.final)
-        job.stopping = order
         job.ended = job.ended or order.final
+        # What ends for good is not spared by a later order to stop that does not.
+        job.stopping = order = replace(order, final=job.ended)
         for worker in job.workers.values():
             worker.ordered = True
         if under_way:
             # The same order of a coordinator that was started anew, or met this agent anew: answered once it is done.
             return [Remember(job.name)]
+        # Who was asked already, because the host goes away, keeps the time for it.
+        grace = PREEMPTION_GRACE if self.draining and job.workers else order.grace
         if order.abort and self.listening(job.name):
             told = TellWorkers(job.name, JobAborted(job.name, order.abort))
-            stop = StopJobHere(job.name, order.generation, order.grace, order.final, ABORT_PATIENCE)
+            stop = StopJobHere(job.name, order.generation, grace, order.final, ABORT_PATIENCE)
             return [Remember(job.name), told, stop]
-        return [Remember(job.name), StopJobHere(job.name, order.generation, order.grace, order.final)]
+        return [Remember(job.name), StopJobHere(job.name, order.generation, grace, order.final)]
 
     # --- from the keeper and the death watch ---------------------------------------------------------------
 
@@ -450,6 +499,7 @@ class Agent:
             worker.pid,
             worker.forked_at,
             worker.replaces,
+            self.node,
         )
         return self._report(now, ToCoordinator(message))
 
@@ -524,15 +574,18 @@ class Agent:
             tail,
             1 if worker.replacement else 0,
             discarded,
+            self.node,
         )
         job.exited[incarnation] = worker
-        return [Remember(job_name), *effects, self._report(now, ToCoordinator(message))]
+        return [Remember(job_name), *effects, self._report(now, ToCoordinator(message)), *self._leave(job)]
 
     def _lose(self, now: float, job: Job, worker: Worker, cause: Cause, at: float, how: str) -> list[Effect]:
         roster = job.roster
         current = roster is not None and worker.generation == roster.generation
         if worker.lost or worker.ordered or roster is None or not current:
             return []
+        if self.draining and not (cause.kind == "exit" and cause.status == ABORT_EXIT_CODE):
+            cause = Cause(kind="node", status=cause.status, text=f"node {self.node} drains: {self.draining}")
         worker.lost = True
         self._withdraw_announcement(worker.incarnation)
         if self._may_replace(job, roster, cause):
@@ -575,7 +628,8 @@ class Agent:
     def _may_replace(self, job: Job, roster: Roster, cause: Cause) -> bool:
         """Only a session that somebody's wrapper holds together can be entered again by a newcomer."""
         aborted = cause.kind == "exit" and cause.status == ABORT_EXIT_CODE
-        wanted = roster.policy == "replace" and job.wrapped and not aborted and cause.kind != "discarded"
+        leaves = aborted or cause.kind == "discarded" or self.draining != ""
+        wanted = roster.policy == "replace" and job.wrapped and not leaves
         return wanted and job.allowance > 0 and not job.ended and job.stopping is None
 
     def stopped(self, now: float, job_name: str) -> list[Effect]:

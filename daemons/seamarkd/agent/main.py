@@ -16,8 +16,6 @@ from seamarkd.epoch import next_epoch
 from seamarkd.paths import private
 from seamarkd.settings import SettingsError
 
-PREEMPTION_GRACE = 30.0
-"""Seconds workers have for an emergency checkpoint when their host goes away (D12)."""
 LINGER = 3_600.0
 """Seconds that keepers and workers live on without an agent before they end themselves."""
 
@@ -27,7 +25,7 @@ class _Served:
         self._shell = shell
 
     async def leave(self) -> int:
-        await self._shell.shut_down(PREEMPTION_GRACE)
+        await self._shell.leave("its agent was told to end (SIGTERM)")
         return TERMINATED
 
     async def close(self) -> None:

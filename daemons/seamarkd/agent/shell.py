@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from seamarkd.agent.core import (
     Effect,
     EndWorker,
     ForgetExit,
+    Introduce,
     Job,
     Remember,
     SignalWorker,
@@ -41,9 +42,13 @@ from seamarkd.agent.ports import PortsTaken, candidates
 from seamarkd.agent.watch import DeathWatch, How, is_stopped
 from seamarkd.agent.wires import Wires
 from seamarkd.agent.workers import environment, log_path, log_tail, runs_since, threads_per_worker
+from seamarkd.exits import PREEMPTION_GRACE
 
 log = logging.getLogger(__name__)
 
+ENDING_INTERVAL = 0.01
+LAST_WORDS = 2.0
+"""Seconds an agent that ends waits for the others to have heard of its workers' ends."""
 PROGRESS_INTERVAL = 0.5
 HANG_INTERVAL = 0.25
 STORE_SLOT = "store"
@@ -124,6 +129,9 @@ class AgentShell:
         self._epoch = epoch
         self._linger = linger
         self._memory = Memory(run_directory / "jobs")
+        self._draining = run_directory / "draining"
+        if self._draining.exists():
+            self.core.drain(self._draining.read_text())
         self._loop = asyncio.get_running_loop()
         # For a Manager or a listener in a worker; what the job's own environment says goes before it.
         self._lighthouse_environment = {LIGHTHOUSE_ADDRESS: lighthouse, LIGHTHOUSE_EVENTS: events}
@@ -151,6 +159,16 @@ class AgentShell:
         await self._wires.start(self._host, self._slots)
         self._wires.repeat(self._report_progress)
         self._wires.repeat(self._look_for_hangs)
+
+    async def leave(self, why: str) -> None:
+        """This host goes away: its workers are asked to end, and as soon as they have, it serves no longer."""
+        self._perform(self.core.drain(why))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_until(lambda: not self.core.busy), PREEMPTION_GRACE)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_until(lambda: not self.core.unheard), LAST_WORDS)
+        self._draining.unlink(missing_ok=True)
+        await self.shut_down(0.0)
 
     async def shut_down(self, grace: float) -> None:
         """Stops every job of this node, workers by SIGTERM and SIGKILL ``grace`` seconds later, and then serving."""
@@ -252,6 +270,8 @@ class AgentShell:
                     self._spawn(self._signal(job, incarnation, signum))
                 case EndWorker(job, incarnation, grace):
                     self._spawn(self._end_worker(job, incarnation, grace))
+                case Introduce():
+                    self._keep_draining()
                 case StartKeeper():
                     self._spawn(self._start_keeper(effect))
                 case StartStore():
@@ -262,6 +282,13 @@ class AgentShell:
                     self._spawn(self._forget_exit(job, member, incarnation))
                 case StopJobHere():
                     self._spawn(self._stop_job(effect))
+
+    def _keep_draining(self) -> None:
+        """An agent that is started anew on this node drains it on."""
+        if self.core.draining:
+            self._draining.write_text(self.core.draining)
+        else:
+            self._draining.unlink(missing_ok=True)
 
     def _remember(self, name: str) -> None:
         job = self.core.jobs.get(name)
@@ -518,6 +545,11 @@ class AgentShell:
                     grace = reading.timeouts.grace
                     self._perform(self.core.hangs(now, name, incarnation, reading.iteration, verdict, grace))
         return HANG_INTERVAL
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(ENDING_INTERVAL)
 
 
 async def _logged(work: Awaitable[None]) -> None:

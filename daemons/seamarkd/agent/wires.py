@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
+from msgspec.structs import replace
 
 from seamark.protocol.messages import (
     Beat,
@@ -25,7 +26,7 @@ from seamark.protocol.messages import (
     Welcome,
 )
 from seamark.protocol.sockets import check_address, make_socket
-from seamarkd.agent.core import Agent, Effect, TellWorkers, ToCoordinator, ToLighthouse, ToWorker
+from seamarkd.agent.core import Agent, Effect, Introduce, TellWorkers, ToCoordinator, ToLighthouse, ToWorker
 from seamarkd.channel import Channel
 
 TICK = 0.1
@@ -132,6 +133,10 @@ class Wires:
                 self._workers.send(message, incarnation.encode())
             case TellWorkers(job, message):
                 self._tell_workers(job, message)
+            case Introduce():
+                if self._coordinator is not None:
+                    self._introduce(self._coordinator)
+                return False
             case _:
                 return False
         return True
@@ -175,7 +180,7 @@ class Wires:
 
     def _introduce(self, daemon: Channel) -> None:
         if self._hello is not None:
-            daemon.send(self._hello)
+            daemon.send(replace(self._hello, draining=self._core.draining))
 
     def _on_event(self, topic: bytes, message: Message) -> None:
         if isinstance(message, Event | EventBeat):

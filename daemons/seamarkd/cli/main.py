@@ -9,6 +9,7 @@ import click
 
 from seamark.protocol.codec import ProtocolError
 from seamarkd.cli.doctor import doctor
+from seamarkd.cli.drain import drain, undrain
 from seamarkd.cli.events import events
 from seamarkd.cli.exit_codes import CONFIGURATION, INTERRUPTED, UNREACHABLE, USAGE
 from seamarkd.cli.fail import fail
@@ -47,7 +48,7 @@ def cli() -> None:
     """
 
 
-for command in (up, down, restart, run, status, logs, events, why, doctor, fail):
+for command in (up, down, restart, run, status, logs, events, why, doctor, drain, undrain, fail):
     cli.add_command(command)
 
 

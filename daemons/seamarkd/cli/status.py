@@ -209,7 +209,9 @@ def _nodes(picture: Picture, coordinator: CoordinatorStatus | str, lighthouse: L
         word = beat.verdict or ("silent" if silent else "")
         if word:
             picture.problems.append(f"node {name}: {word}, last beat {duration(beat.beat_age)} ago")
-        picture.nodes.append(Row((name, slots, duration(beat.beat_age), word or "ok"), bad=bool(word)))
+        draining = places[name].draining if name in places else ""
+        usual = f"drains: {draining}" if draining else "ok"
+        picture.nodes.append(Row((name, slots, duration(beat.beat_age), word or usual), bad=bool(word)))
 
 
 def _jobs(picture: Picture, coordinator: CoordinatorStatus, waiting: dict[str, str]) -> None:

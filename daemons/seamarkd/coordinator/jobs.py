@@ -20,6 +20,7 @@ from seamark.protocol.messages import (
     BeatAnswer,
     CompletedEvent,
     CoordinatorStatus,
+    DrainNode,
     Event,
     EventBeat,
     FailureEvent,
@@ -64,7 +65,7 @@ from seamarkd.coordinator.placement import fill, larger_than, place, refusal
 from seamarkd.coordinator.policy import Happening, Standing, decide
 from seamarkd.cursor import EventCursor
 from seamarkd.effects import Send
-from seamarkd.exits import ABORT_EXIT_CODE, exit_cause
+from seamarkd.exits import ABORT_EXIT_CODE, PREEMPTION_GRACE, exit_cause
 
 State = Literal[
     "PENDING", "STARTING", "RUNNING", "RESTARTING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"
@@ -162,6 +163,8 @@ class Node(Struct):
     route: bytes
     slots: int
     last_beat: float
+    draining: str = ""
+    """Why it gets no workers."""
 
 
 class Process(Struct):
@@ -248,6 +251,8 @@ class Coordinator:
         self.jobs: dict[str, Job] = {}
         self.trouble = ""
         """Why nothing can be made durable just now; new jobs are refused with it."""
+        self._settles_at = 0.0
+        """Until then a node that has not been heard may be one that has not found this coordinator yet."""
         self._request = epoch << REQUEST_SHIFT
         self._cursor = EventCursor()
         self._handlers: dict[type[Message], Callable[[float, bytes, Any], list[Effect]]] = {
@@ -256,6 +261,7 @@ class Coordinator:
             SubmitJob: self._submit,
             FollowJob: self._follow,
             StopJob: self._stop_job,
+            DrainNode: self._drain,
             IncidentsRequest: self._incidents,
             StoreReady: self._store_ready,
             PrepareFailed: self._prepare_failed,
@@ -281,16 +287,39 @@ class Coordinator:
     # --- nodes ---------------------------------------------------------------------------------------------
 
     def _hello(self, now: float, route: bytes, hello: NodeHello) -> list[Effect]:
-        self.nodes[hello.node] = Node(route, hello.slots, now)
+        self.nodes[hello.node] = Node(route, hello.slots, now, hello.draining)
         effects: list[Effect] = [Send(route, Welcome(self.epoch))]
         for job in self.jobs.values():
             if job.state not in ENDED and any(slot.node == hello.node for slot in job.slots):
                 effects += self._orders(now, job, hello.node)
+        if hello.draining:
+            return effects + self._prepare_elsewhere(now, hello.node)
         effects += self._use_room(now)
         for job in self.jobs.values():
             if hello.node in job.left and all(slot.node != hello.node for slot in job.slots):
                 effects += self._leave(job, hello.node)
         return effects
+
+    def _prepare_elsewhere(self, now: float, node: str) -> list[Effect]:
+        """Its workers take their time to end: meanwhile the nodes that will have their places import torch."""
+        effects: list[Effect] = []
+        for job in self.jobs.values():
+            staying = [slot for slot in job.slots if slot.node != node]
+            if job.state == "RUNNING" and len(staying) < len(job.slots):
+                job.sentence = f"node {node} drains: {self.nodes[node].draining}"
+                found = fill(job.spec, staying, self._free(now, job), 0)
+                order = PrepareJob(job.request, job.spec, store=False)
+                for other in dict.fromkeys(slot.node for slot in found):
+                    effects += self._to_node(other, order)
+        return effects
+
+    def _drain(self, now: float, route: bytes, order: DrainNode) -> list[Effect]:
+        node = self.nodes.get(order.node)
+        if node is None:
+            known = ", ".join(sorted(self.nodes)) or "none"
+            sentence = f"there is no node {order.node} here; there are: {known}"
+            return [Send(route, Refused(order.request, "UNKNOWN_NODE", sentence))]
+        return [Send(node.route, order), Send(route, Acknowledged(order.request))]
 
     def _use_room(self, now: float) -> list[Effect]:
         """Jobs get places in the order in which they were submitted; a small one may overtake."""
@@ -348,7 +377,7 @@ class Coordinator:
         return {
             name: self.nodes[name].slots - taken.get(name, 0)
             for name in dict.fromkeys([*own, *self.nodes])
-            if self._beats(now, name)
+            if self._beats(now, name) and not self.nodes[name].draining
         }
 
     def _place(self, now: float, job: Job) -> list[Effect]:
@@ -405,6 +434,7 @@ class Coordinator:
 
     def restore(self, now: float, records: Iterable[tuple[JobRecord, list[Incident]]]) -> None:
         """Take up the jobs of an earlier start. Nobody is told anything: nodes and the lighthouse will ask."""
+        self._settles_at = now + NODE_SILENT
         for record, incidents in records:
             job = self.jobs[record.spec.name] = Job(
                 spec=record.spec,
@@ -508,7 +538,10 @@ class Coordinator:
             pid=0,
             uptime=0.0,
             trouble=self.trouble,
-            nodes=[NodeStatus(name, node.slots, used.get(name, 0)) for name, node in sorted(self.nodes.items())],
+            nodes=[
+                NodeStatus(name, node.slots, used.get(name, 0), node.draining)
+                for name, node in sorted(self.nodes.items())
+            ],
             jobs=[status(job, now) for job in self.jobs.values()],
             members={job.spec.name: _members(job) for job in self.jobs.values() if job.state not in ENDED},
         )
@@ -727,7 +760,7 @@ class Coordinator:
         known = job.processes.get(report.member)
         if known is not None and known.incarnation == report.incarnation:
             return effects
-        if not job.store.port or all(slot.member != report.member for slot in job.slots):
+        if not job.store.port or not _has_place(job, report):
             # Of an earlier generation, or on a node that it was taken from: that is about to be told so.
             return effects
         job.processes[report.member] = Process(report.incarnation, report.pid, alive=True)
@@ -771,8 +804,7 @@ class Coordinator:
         if process is not None and current:
             process.alive = False
         job.incidents.exited(report)
-        placed = any(slot.member == report.member for slot in job.slots)
-        if job.state in ("STOPPING", "RESTARTING") or report.ordered or not placed:
+        if job.state in ("STOPPING", "RESTARTING") or report.ordered or not _has_place(job, report):
             return acknowledged
         if not current and not report.replacement:
             # Its place was given to another node meanwhile.
@@ -799,10 +831,13 @@ class Coordinator:
             job.process_restarts += report.charged
             job.sentence = f"rank {rank} {how}; a replacement joins"
             return [_persist(job)]
+        node = next(slot.node for slot in job.slots if slot.member == report.member)
+        if node in self.nodes and self.nodes[node].draining:
+            return self._node_gone(now, job, node)
         job.failed.add(report.member)
         return self._carry_out(now, job, "worker-failed", f"rank {rank} {how}")
 
-    def _carry_out(self, now: float, job: Job, happening: Happening, why: str) -> list[Effect]:
+    def _carry_out(self, now: float, job: Job, happening: Happening, why: str, *, charged: bool = True) -> list[Effect]:
         """What the job's policy says to what happened; ``why`` names it for people."""
         found = standing(job)
         match decide(happening, found):
@@ -817,7 +852,10 @@ class Coordinator:
             case "restart":
                 if job.spec.policy == "min-healthy":
                     why += f"; {found.well} worker groups are well, fewer than {found.least}"
-                return self._charged_restart(now, job, why)
+                if charged:
+                    return self._charged_restart(now, job, why)
+                job.sentence = f"{why}; all workers are restarted"
+                return self._restart(now, job)
             case _:
                 job.sentence = f"{why}; {found.well} worker groups go on" if why else job.sentence
                 return [_persist(job)]
@@ -843,8 +881,11 @@ class Coordinator:
     def _node_gone(self, now: float, job: Job, node: str) -> list[Effect]:
         """The lighthouse says that a node of the job is lost."""
         members = {slot.member for slot in job.slots if slot.node == node} - job.finished - job.failed
-        # It may be heard again at once: then it introduces itself.
-        self.nodes.pop(node, None)
+        known = self.nodes.get(node)
+        draining = known.draining if known is not None else ""
+        if not draining:
+            # It may be heard again at once: then it introduces itself.
+            self.nodes.pop(node, None)
         if not members or job.state not in ("STARTING", "RUNNING"):
             return []
         job.left.add(node)
@@ -857,7 +898,8 @@ class Coordinator:
             job.failed -= members
             for member in members:
                 job.processes.pop(member, None)
-        return self._carry_out(now, job, "node-lost", f"node {node} is lost")
+        why = f"node {node} drains: {draining}" if draining else f"node {node} is lost"
+        return self._carry_out(now, job, "node-lost", why, charged=not draining)
 
     def _abort(self, now: float, route: bytes, report: AbortJob) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -962,8 +1004,9 @@ class Coordinator:
     def _stop_workers(self, now: float, job: Job, *, final: bool) -> list[Effect]:
         job.request = self._next()
         job.roster_request = 0
-        job.stop_until = now + STOP_GRACE + NODE_SILENT
-        job.stopping = {slot.node for slot in job.slots if slot.node in self.nodes}
+        drain = any(slot.node in self.nodes and self.nodes[slot.node].draining for slot in job.slots)
+        job.stop_until = now + (PREEMPTION_GRACE if drain else STOP_GRACE) + NODE_SILENT
+        job.stopping = {slot.node for slot in job.slots if slot.node in self.nodes or now < self._settles_at}
         effects: list[Effect] = [_persist(job), *self._to_nodes(job, self._stop_order(job, final=final))]
         if not job.stopping:
             effects += self._all_stopped(now, job)
@@ -1018,6 +1061,9 @@ class Coordinator:
     def tick(self, now: float) -> list[Effect]:
         """What is repeated, and what is no longer waited for."""
         effects: list[Effect] = []
+        for name in [name for name, node in self.nodes.items() if node.draining and not self._beats(now, name)]:
+            # It was left in good order, and is gone.
+            del self.nodes[name]
         for job in self.jobs.values():
             job.followers = {route: until for route, until in job.followers.items() if until > now}
             if job.state == "PENDING":
@@ -1148,6 +1194,12 @@ def _members(job: Job) -> list[MemberStatus]:
 
 def _persist(job: Job) -> Persist:
     return Persist(record(job), job.incidents.take_changed())
+
+
+def _has_place(job: Job, report: WorkerStarted | WorkerExited) -> bool:
+    """Whether the worker's place is on the node that reports it; one that was lost may not know better."""
+    node = next((slot.node for slot in job.slots if slot.member == report.member), None)
+    return node is not None and report.node in ("", node)
 
 
 def first_line(text: str) -> str:
