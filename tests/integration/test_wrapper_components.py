@@ -231,3 +231,32 @@ def test_a_rank_that_the_assignment_drops_is_nobodys_failure(tmp_path: Path) -> 
     assert [one["RANK"] for one in said(tmp_path, 2)] == ["1", "1"]
     assert course(tmp_path, 3) == []
     assert os.path.exists(tmp_path / "gone")
+
+
+LIGHT = """
+import json, pathlib, sys
+before = set(sys.modules)
+import seamark
+
+HERE = pathlib.Path(__file__).parent
+kept_open = open(HERE / "kept-open", "w")
+
+@seamark.Wrapper()
+def train(call: seamark.CallWrapper):
+    new = sorted(name for name in set(sys.modules) - before)
+    (HERE / "imported").write_text(json.dumps(new))
+    call.ping()
+
+kept_open.write("written, and never closed")
+train()
+"""
+
+
+def test_a_worker_of_a_keeper_imports_nothing_before_its_function_and_loses_no_file(tmp_path: Path) -> None:
+    """Each replacement would pay for an import anew: the wrapper's own took longer than all the rest of a restart."""
+    path = tmp_path / "light.py"
+    path.write_text(LIGHT)
+    with standalone(tmp_path, script=path) as run:
+        assert run.finish() == 0, run.text() + run.logs()
+    assert json.loads((tmp_path / "imported").read_text()) == []
+    assert (tmp_path / "kept-open").read_text() == "written, and never closed"

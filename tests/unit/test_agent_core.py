@@ -612,6 +612,14 @@ def test_what_is_asked_of_a_node_that_still_ends_the_job_is_done_afterwards() ->
     assert started(bench.agent.stopped(NOW, "job")) == ["job/0"]
 
 
+def test_what_was_asked_of_a_node_before_the_last_order_to_end_is_forgotten() -> None:
+    bench = Bench()
+    bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))
+    bench.agent.from_coordinator(NOW, moved(1, "here"))
+    bench.agent.from_coordinator(NOW, StopWorkers(10, "job", 0, 5.0, True))
+    assert started(bench.agent.stopped(NOW, "job")) == []
+
+
 def test_a_node_that_drains_asks_its_workers_and_gives_none_of_them_a_successor() -> None:
     bench = Bench()
     effects = bench.agent.drain("spot")
@@ -651,4 +659,24 @@ def test_the_end_of_a_node_s_part_is_not_taken_back_by_a_restart_of_all() -> Non
         bench.exit(143, incarnation)
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, False))
     assert to_coordinator(bench.agent.stopped(NOW, "job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
+    bench.agent.serve()
     assert started(bench.agent.from_coordinator(NOW, roster(generation=1))) == ["job/0", "job/1"]
+
+
+def test_a_node_that_drains_starts_nobody() -> None:
+    agent = Agent("here", lambda: "i")
+    agent.drain("spot")
+    assert started(agent.from_coordinator(NOW, roster())) == []
+    agent.serve()
+    assert started(agent.from_coordinator(NOW, moved(1, "here"))) == ["job/0"]
+
+
+def test_a_node_that_drains_goes_on_doing_so_under_a_new_agent() -> None:
+    bench = Bench()
+    again = Agent("here", lambda: "new")
+    again.drain("spot")
+    effects = again.adopt(NOW, bench.agent.jobs["job"], {"i0": (100, NOW)})
+    assert [one.incarnation for one in effects if isinstance(one, EndWorker)] == ["i0"]
+    (lost,) = to_lighthouse(effects, MemberLost)
+    assert (lost.incarnation, lost.cause.kind) == ("i1", "node"), "it was to be started, and never is"
+    assert started(effects) == []

@@ -226,7 +226,6 @@ class _Restarter:
         self._last: QuorumAnswer | None = None
         self.call = CallWrapper(self._interrupter, self._page)
         # What was imported and made before is no restart's garbage: to look through it took 200 ms of each.
-        self._thaw = gc.get_freeze_count() == 0
         gc.freeze()
         self._groups.install()
         self._rendezvous.install()
@@ -250,8 +249,8 @@ class _Restarter:
         self._rendezvous.uninstall()
         self._groups.uninstall()
         self._interrupter.close()
-        if self._thaw:
-            gc.unfreeze()
+        # Also what a keeper had frozen: to ask how much that is would look at each of torch's objects, at every start.
+        gc.unfreeze()
 
     # --- main thread ---------------------------------------------------------------------------------------
 

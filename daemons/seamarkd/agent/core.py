@@ -374,6 +374,9 @@ class Agent:
 
     def _start(self, now: float, job: Job, members: list[str]) -> list[Effect]:
         assert job.roster is not None
+        if self.draining:
+            # The coordinator that says so has not heard of it yet.
+            return [Remember(job.name)]
         fresh = [Worker(member, self._new_incarnation(), job.roster.generation) for member in members]
         job.workers |= {worker.incarnation: worker for worker in fresh}
         effects: list[Effect] = [Remember(job.name)]
@@ -424,6 +427,9 @@ class Agent:
         job = self.jobs.get(order.job)
         if job is None:
             return [ToCoordinator(WorkersStopped(order.request, order.job, order.generation))]
+        if order.final:
+            # What was asked of this node before that is no longer asked.
+            self._afterwards.pop(order.job, None)
         under_way = job.stopping is not None and (job.stopping.final or not order.final)
         job.ended = job.ended or order.final
         # What ends for good is not spared by a later order to stop that does not.
@@ -825,16 +831,26 @@ class Agent:
         job.workers |= again
         job.exited = {one: worker for one, worker in job.exited.items() if one not in again}
         effects: list[Effect] = []
-        for worker in job.workers.values():
+        for worker in list(job.workers.values()):
             worker.pid, worker.forked_at = known.get(worker.incarnation, (worker.pid, worker.forked_at))
-            if worker.incarnation not in known and not worker.ordered and not worker.lost:
-                effects.append(StartWorker(job.name, worker.member, worker.incarnation))
+            if worker.ordered or worker.lost:
+                continue
+            if worker.incarnation not in known:
+                effects += self._start_again(now, job, worker)
+            elif self.draining:
+                effects.append(EndWorker(job.name, worker.incarnation, PREEMPTION_GRACE))
         if job.store_incarnation and not job.store.port and job.store_incarnation not in known:
             effects.append(StartStore(job.name, job.store_incarnation, job.spec.master_port))
         if job.stopping is not None:
             order = job.stopping
             effects.append(StopJobHere(job.name, order.generation, order.grace, order.final))
         return effects
+
+    def _start_again(self, now: float, job: Job, worker: Worker) -> list[Effect]:
+        if not self.draining:
+            return [StartWorker(job.name, worker.member, worker.incarnation)]
+        del job.workers[worker.incarnation]
+        return self._lose(now, job, worker, Cause(kind="node"), now, "drain")
 
     # --- what the shell asks -------------------------------------------------------------------------------
 

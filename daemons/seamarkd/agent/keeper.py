@@ -67,9 +67,9 @@ PROGRESS_NAME = "seamark-progress"
 PROGRESS_BYTES = 4096
 
 # torch._dynamo is what the first DistributedDataParallel imports anyway, at a cost of seconds.
-PRELOAD = ("numpy", "torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "seamark.inprocess")
+PRELOAD = ("numpy", "torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "seamark.inprocess.wrapper")
 # Whose absence is no fault: the job's interpreter needn't have them.
-OPTIONAL = ("seamark.inprocess",)
+OPTIONAL = ("seamark.inprocess.wrapper",)
 # One of these is open once a GPU runtime is initialised (CUDA, ROCm), which then doesn't work in a fork.
 GPU_RUNTIME = ("/dev/nvidia-uvm", "/dev/kfd")
 
