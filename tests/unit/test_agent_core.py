@@ -28,6 +28,7 @@ from seamark.protocol.messages import (
     MemberStarted,
     MemberStuck,
     Message,
+    NodeLeft,
     PrepareFailed,
     PrepareJob,
     QuorumAnswer,
@@ -666,7 +667,9 @@ def test_the_end_of_a_node_s_part_is_not_taken_back_by_a_restart_of_all() -> Non
 def test_a_node_that_drains_starts_nobody() -> None:
     agent = Agent("here", lambda: "i")
     agent.drain("spot")
-    assert started(agent.from_coordinator(NOW, roster())) == []
+    for _ in range(2):
+        effects = agent.from_coordinator(NOW, roster())
+        assert (started(effects), to_coordinator(effects, NodeLeft)) == ([], [NodeLeft("job", "here")])
     agent.serve()
     assert started(agent.from_coordinator(NOW, moved(1, "here"))) == ["job/0"]
 

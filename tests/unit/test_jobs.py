@@ -24,6 +24,7 @@ from seamark.protocol.messages import (
     Member,
     Message,
     NodeHello,
+    NodeLeft,
     PrepareFailed,
     PrepareJob,
     QuorumEvent,
@@ -944,3 +945,13 @@ def test_a_node_that_drained_and_went_is_forgotten() -> None:
     bench.now += 30.0
     bench.core.tick(bench.now)
     assert "n1" not in bench.core.nodes
+
+
+def test_places_on_a_node_that_drains_and_starts_nobody_go_elsewhere() -> None:
+    bench = wide(2)
+    drains(bench, "n1")
+    bench.hello("n2")
+    bench.send(NodeLeft("job", "n1"))
+    assert places(bench)[3] == "n2"
+    bench.send(NodeLeft("job", "n1"))
+    assert bench.job.placement == 1

@@ -238,6 +238,15 @@ class DrainNode(Message, frozen=True):
     undo: bool = False
 
 
+class NodeLeft(Message, frozen=True):
+    """A node that drains was given places of this job, and will start nobody in them."""
+
+    type_id = 9
+    direction = "agent -> coordinator"
+    job: Name
+    node: Name
+
+
 class Welcome(Message, frozen=True):
     """The session stands. ``beat_interval`` is the one to use from now on; ``epoch`` rises with every start."""
 

@@ -34,6 +34,7 @@ from seamark.protocol.messages import (
     MemberStarted,
     MemberStuck,
     Message,
+    NodeLeft,
     PrepareFailed,
     PrepareJob,
     QuorumAnswer,
@@ -353,6 +354,9 @@ class Agent:
             self._afterwards[job.name] = roster
             return effects
         known = job.roster
+        here = any(slot.node == self.node for slot in roster.slots)
+        if self.draining and here and not job.workers and known is not None and roster.generation == known.generation:
+            effects.append(ToCoordinator(NodeLeft(job.name, self.node)))
         if known is not None and roster.generation <= known.generation:
             job.allowance = roster.allowance
             if roster.generation == known.generation and roster.store_node != known.store_node:
@@ -375,8 +379,9 @@ class Agent:
     def _start(self, now: float, job: Job, members: list[str]) -> list[Effect]:
         assert job.roster is not None
         if self.draining:
-            # The coordinator that says so has not heard of it yet.
-            return [Remember(job.name)]
+            # Who says so has not heard of it yet, or did not hear that there is nobody left to wait for.
+            refusal = ToCoordinator(NodeLeft(job.name, self.node))
+            return [Remember(job.name), *([refusal] if members and not job.workers else [])]
         fresh = [Worker(member, self._new_incarnation(), job.roster.generation) for member in members]
         job.workers |= {worker.incarnation: worker for worker in fresh}
         effects: list[Effect] = [Remember(job.name)]

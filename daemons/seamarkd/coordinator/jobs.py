@@ -34,6 +34,7 @@ from seamark.protocol.messages import (
     MemberStatus,
     Message,
     NodeHello,
+    NodeLeft,
     NodeStatus,
     PrepareFailed,
     PrepareJob,
@@ -262,6 +263,7 @@ class Coordinator:
             FollowJob: self._follow,
             StopJob: self._stop_job,
             DrainNode: self._drain,
+            NodeLeft: self._left,
             IncidentsRequest: self._incidents,
             StoreReady: self._store_ready,
             PrepareFailed: self._prepare_failed,
@@ -320,6 +322,10 @@ class Coordinator:
             sentence = f"there is no node {order.node} here; there are: {known}"
             return [Send(route, Refused(order.request, "UNKNOWN_NODE", sentence))]
         return [Send(node.route, order), Send(route, Acknowledged(order.request))]
+
+    def _left(self, now: float, route: bytes, report: NodeLeft) -> list[Effect]:
+        job = self.jobs.get(report.job)
+        return self._node_gone(now, job, report.node) if job is not None and job.state not in ENDED else []
 
     def _use_room(self, now: float) -> list[Effect]:
         """Jobs get places in the order in which they were submitted; a small one may overtake."""
