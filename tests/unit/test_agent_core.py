@@ -584,9 +584,13 @@ def test_a_store_that_is_elsewhere_now_can_come_back_here() -> None:
 # --- places, and a host that goes away ---------------------------------------------------------------------
 
 
-def moved(placement: int, *nodes: str) -> Roster:
-    """The same generation, with ranks 0, 1, ... on these nodes."""
-    slots = [Slot(f"job/{rank}", rank, rank, node, 0, placement) for rank, node in enumerate(nodes)]
+def moved(placement: int, *nodes: str, again: bool = False) -> Roster:
+    """The same generation, with ranks 0, 1, ... on these nodes; with ``again`` also where they were before."""
+    before = [slot.node for slot in roster().slots]
+    slots = [
+        Slot(f"job/{rank}", rank, rank, node, 0, placement if again or node != before[rank] else 0)
+        for rank, node in enumerate(nodes)
+    ]
     return msgspec.structs.replace(roster(), slots=slots, placement=placement)
 
 
@@ -598,12 +602,26 @@ def test_a_place_that_came_here_is_started_and_one_that_went_is_ended() -> None:
     assert to_lighthouse(bench.exit(-9), MemberLost) == [], "nobody's loss"
 
 
-def test_who_lives_in_its_place_is_announced_again_and_not_started_twice() -> None:
+def test_who_lives_in_a_place_that_was_lost_and_is_here_again_is_replaced() -> None:
+    """The others have gone on without it: it may wait for them in a collective that they left long ago."""
     bench = Bench()
-    effects = bench.agent.from_coordinator(NOW, moved(2, "here", "here", "there"))
-    assert started(effects) == []
-    assert [(one.incarnation, one.placement) for one in to_lighthouse(effects, MemberStarted)] == [("i0", 2), ("i1", 2)]
+    effects = bench.agent.from_coordinator(NOW, moved(2, "here", "here", "there", again=True))
+    assert started(effects) == ["job/0", "job/1"]
+    lost = to_lighthouse(effects, MemberLost)
+    assert [(one.incarnation, one.replacement) for one in lost] == [("i0", "i2"), ("i1", "i3")]
+    assert [one.incarnation for one in effects if isinstance(one, SignalWorker)] == ["i0", "i1"]
+    (exited,) = to_coordinator(bench.exit(-9), WorkerExited)
+    assert exited.ordered, "nobody's failure"
     assert bench.agent.from_coordinator(NOW, moved(1, "there", "there", "there")) == [ToCoordinator(Acknowledged(7))]
+
+
+def test_a_place_that_is_here_again_is_filled_also_without_an_allowance() -> None:
+    bench = Bench(allowance=0)
+    effects = bench.agent.from_coordinator(
+        NOW, msgspec.structs.replace(moved(2, "here", "here", again=True), allowance=0)
+    )
+    assert started(effects) == ["job/0", "job/1"]
+    assert [one.replacement for one in to_lighthouse(effects, MemberLost)] == ["", ""]
 
 
 def test_what_is_asked_of_a_node_that_still_ends_the_job_is_done_afterwards() -> None:
@@ -671,7 +689,7 @@ def test_a_node_that_drains_starts_nobody() -> None:
         effects = agent.from_coordinator(NOW, roster())
         assert (started(effects), to_coordinator(effects, NodeLeft)) == ([], [NodeLeft("job", "here")])
     agent.serve()
-    assert started(agent.from_coordinator(NOW, moved(1, "here"))) == ["job/0"]
+    assert started(agent.from_coordinator(NOW, moved(1, "here", again=True))) == ["job/0"]
 
 
 def test_a_node_that_drains_goes_on_doing_so_under_a_new_agent() -> None:
@@ -683,3 +701,12 @@ def test_a_node_that_drains_goes_on_doing_so_under_a_new_agent() -> None:
     (lost,) = to_lighthouse(effects, MemberLost)
     assert (lost.incarnation, lost.cause.kind) == ("i1", "node"), "it was to be started, and never is"
     assert started(effects) == []
+
+
+def test_a_refusal_of_a_process_does_not_reach_its_successor() -> None:
+    bench = Bench()
+    refused = Refused(3, "STALE_GENERATION", "this one must end", "job", "job/0", "i0")
+    assert bench.agent.from_lighthouse(NOW, refused) == [ToWorker("i0", refused)]
+    bench.die("i0")
+    bench.exit(-9, "i0")
+    assert bench.agent.from_lighthouse(NOW, refused) == []

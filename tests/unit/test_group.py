@@ -913,3 +913,20 @@ def test_who_is_lost_before_it_has_entered_interrupts_nobody(spread: Bench) -> N
     lost, joined = spread.published(FailureEvent)
     assert (lost.failure.kind, lost.failure.iteration) == ("lost", -1)
     assert joined.failure.cause.kind == "joined", "nobody else is on the way"
+
+
+def test_who_was_away_while_the_others_went_on_is_called_back_by_a_new_lighthouse(spread: Bench) -> None:
+    """It may wait for them in a collective that they have left; its own lighthouse would have told it."""
+    spread.group = Group("job", RANKS, EventLog("job", 2), 2 << 32, lambda node: spread.now)
+    again = msgspec.structs.replace(placed(0, r2="n1", r3="n1"), running=True)
+    spread.do(spread.group.set_roster(spread.now, again))
+    for member in members():
+        spread.start(member)
+    everybody, two = members(), members()[:2]
+    spread.do(spread.group.recall(spread.now, LastQuorum(0, "job", 0, 5, 0, 0, everybody, False, "n1")))
+    spread.do(spread.group.recall(spread.now, LastQuorum(0, "job", 0, 6, 1, 1, two, False, "n0")))
+    (event,) = spread.published(FailureEvent)
+    assert (event.failure.member, event.failure.iteration) == ("job/2", 0)
+    assert event.failure.cause.text == "node n1 was away when iteration 1 began"
+    spread.join(2, 3)
+    assert [one.failure.cause.kind for one in spread.published(FailureEvent)] == ["stuck", "joined"]

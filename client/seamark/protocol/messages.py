@@ -259,7 +259,7 @@ class Welcome(Message, frozen=True):
 class Refused(Message, frozen=True):
     """A request that was understood and not granted; ``reason`` is a sentence for people.
 
-    ``job`` and ``member`` say on whose behalf the request was forwarded.
+    ``job``, ``member`` and ``incarnation`` say on whose behalf the request was forwarded.
     """
 
     type_id = 3
@@ -281,6 +281,7 @@ class Refused(Message, frozen=True):
     reason: Text
     job: Short = ""
     member: Short = ""
+    incarnation: Short = ""
 
 
 class Beat(Message, frozen=True):
@@ -1121,7 +1122,7 @@ class WorkerExited(Message, frozen=True):
     """A worker process ended. ``status``: exit code, or minus the signal; ``replacement``: who was started instead.
 
     ``discarded``: the job's own rank assignment dropped it, which is nobody's failure. ``node``: where it was; its
-    place may be another node's by now.
+    place may be another node's by now. ``iteration``: the latest that its node knows of.
     """
 
     type_id = 54
@@ -1142,6 +1143,7 @@ class WorkerExited(Message, frozen=True):
     charged: Count
     discarded: bool = False
     node: Short = ""
+    iteration: Iteration = -1
 
 
 class WorkerRegistered(Message, frozen=True):

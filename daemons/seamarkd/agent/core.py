@@ -396,17 +396,19 @@ class Agent:
         placed = {slot.member: slot.placed for slot in known.slots if slot.node == self.node}
         here = {slot.member: slot.placed for slot in roster.slots if slot.node == self.node}
         effects: list[Effect] = []
-        alive = set()
-        for worker in job.workers.values():
-            if worker.member in here and not worker.lost and not worker.ordered:
-                alive.add(worker.member)
-                if here[worker.member] != placed.get(worker.member):
-                    effects.append(self._announce(now, job, worker))
-            elif worker.member not in here and not worker.ordered:
-                worker.ordered = True
-                effects.append(SignalWorker(job.name, worker.member, worker.incarnation, signal.SIGKILL))
-        new = [one for one, number in here.items() if number != placed.get(one) and one not in alive]
-        return [*effects, *self._start(now, job, new)]
+        new = {member for member, number in here.items() if number != placed.get(member)}
+        for worker in list(job.workers.values()):
+            if worker.ordered or (worker.member in here and worker.member not in new):
+                continue
+            if worker.member in new and not worker.lost:
+                # The session went on without this place, and with it this process is at home in no iteration.
+                cause = Cause(kind="gone", text="its node had lost its place in the job, and has it again")
+                effects += self._lose(now, job, worker, cause, now, "placement")
+                new -= {worker.member} if worker.replacement else set()
+            worker.ordered = True
+            effects.append(SignalWorker(job.name, worker.member, worker.incarnation, signal.SIGKILL))
+        coming = {worker.member for worker in job.workers.values() if not worker.ordered}
+        return [*effects, *self._start(now, job, [member for member in here if member in new - coming])]
 
     def _store_is_elsewhere(self, job: Job, roster: Roster) -> list[Effect]:
         """The store's host was lost, and the coordinator has had another one started; perhaps here."""
@@ -586,6 +588,7 @@ class Agent:
             1 if worker.replacement else 0,
             discarded,
             self.node,
+            job.quorum.iteration if job.quorum else -1,
         )
         job.exited[incarnation] = worker
         return [Remember(job_name), *effects, self._report(now, ToCoordinator(message)), *self._leave(job)]
@@ -723,7 +726,9 @@ class Agent:
             case Refused(member=member) if member:
                 job = self.jobs.get(message.job)
                 workers = job.workers.values() if job else ()
-                return [ToWorker(w.incarnation, message) for w in workers if w.member == member]
+                # Its successor has asked for nothing yet that could be refused.
+                mine = [one.incarnation for one in workers if one.member == member]
+                return [ToWorker(one, message) for one in mine if message.incarnation in ("", one)]
             case _:
                 pass
         return []

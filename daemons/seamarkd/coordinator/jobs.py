@@ -806,6 +806,8 @@ class Coordinator:
         if len(job.exited) > max(EXITS_KEPT, 2 * len(job.slots)):
             del job.exited[next(iter(job.exited))]
         process = job.processes.get(report.member)
+        # A lighthouse that ended with its answer has told nobody else: the number must not be given again.
+        job.iteration = max(job.iteration, report.iteration)
         current = process is None or process.incarnation == report.incarnation
         if process is not None and current:
             process.alive = False

@@ -12,6 +12,7 @@ peer") is evidence of somebody else's end and nearly always overtakes the death 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Literal
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -157,6 +158,8 @@ class Group:
         """No quorum of this call was answered yet, and it is not the first."""
         self._unheard: set[str] = set()
         self._unheard_until = 0.0
+        self._recalled: dict[str, int] = {}
+        """By node: the iteration that it was in last."""
         self._deferred: dict[str, MemberLost | StoreLost] = {}
         self._dead: set[str] = set()
         self._in_force: dict[str, FailureEvent] = {}
@@ -267,6 +270,7 @@ class Group:
         self._unheard.discard(last.node)
         if last.generation < self.generation or not last.members:
             return self._all_heard(now)
+        self._recalled[last.node] = last.iteration
         if last.call >= self.call:
             self.done = last.completed or (self.done and last.call == self.call)
             self.call, self._fresh = last.call, False
@@ -299,7 +303,31 @@ class Group:
             effects += self.lost(now, report) if isinstance(report, MemberLost) else self.store_lost(now, report)
         for _, request in list(self._joins.values()):
             effects += self._unexplained(now, request)
-        return effects + self.answer_if_ready(now)
+        return effects + self._call_back(now) + self.answer_if_ready(now)
+
+    def _call_back(self, now: float) -> list[Effect]:
+        """Who was cut off while the others went on may wait for them in a collective that they have left."""
+        effects: list[Effect] = []
+        for node, iteration in self._recalled.items():
+            here = [self.members[member] for member in self._on_node.get(node, ()) if member in self._living]
+            if iteration < self.iteration and here and not any(one.slot.member in self._active for one in here):
+                slot = here[0].slot
+                failure = Failure(
+                    kind="faulted",
+                    member=slot.member,
+                    incarnation=here[0].incarnation or "unknown",
+                    rank=slot.rank,
+                    node=node,
+                    iteration=iteration,
+                    cause=Cause(kind="stuck", text=f"node {node} was away when iteration {self.iteration} began"),
+                    occurred_at=-1.0,
+                    detected_at=now,
+                    published_at=now,
+                    detector="lighthouse",
+                )
+                effects.append(Publish(self.job, self._events.failure(self.name, failure)))
+        self._recalled.clear()
+        return effects
 
     def _begin_chains(self, losses: list[MemberLost]) -> None:
         """Who died while recalling filled the slot when that began, though its replacement was announced meanwhile."""
@@ -752,8 +780,7 @@ class Group:
 
     def _refuse_waiting(self, why: str) -> list[Effect]:
         effects: list[Effect] = [
-            Send(waiter.route, Refused(waiter.request, "STALE_GENERATION", why, self.job, member))
-            for member, (waiter, _) in self._joins.items()
+            Send(waiter.route, _refused(request, "STALE_GENERATION", why)) for waiter, request in self._joins.values()
         ]
         self._joins.clear()
         return effects
@@ -763,14 +790,18 @@ class Group:
         state = self.members.get(request.member)
         if state is None:
             sentence = f"{request.member} is not in the roster of job {self.job}"
-            return [Send(route, Refused(request.request, "UNKNOWN_MEMBER", sentence, self.job, request.member))]
+            return [Send(route, _refused(request, "UNKNOWN_MEMBER", sentence))]
         if request.generation < self.generation or request.incarnation in self._dead:
             sentence = f"{request.member} was replaced by a newer process of job {self.job}: this one must end"
-            return [Send(route, Refused(request.request, "STALE_GENERATION", sentence, self.job, request.member))]
+            return [Send(route, _refused(request, "STALE_GENERATION", sentence))]
         if request.generation > self.generation or request.incarnation != state.incarnation:
             # The roster, its announcement or the loss it follows is on its way; the member asks again.
             return []
         return None
+
+
+def _refused(request: Join | Complete, code: Literal["UNKNOWN_MEMBER", "STALE_GENERATION"], why: str) -> Refused:
+    return Refused(request.request, code, why, request.job, request.member, request.incarnation)
 
 
 def _recipient(member: str, waiter: Waiter) -> Recipient:
