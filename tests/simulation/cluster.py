@@ -42,8 +42,9 @@ from seamark.protocol.messages import (
     WorkerHello,
 )
 from seamarkd.agent import core as agent
-from seamarkd.coordinator import jobs as coordinator
-from seamarkd.coordinator.jobs import JobRecord
+from seamarkd.coordinator import effects as coordinator
+from seamarkd.coordinator.job import JobRecord
+from seamarkd.coordinator.jobs import Coordinator
 from seamarkd.effects import Probe, Publish, Send
 from seamarkd.lighthouse.core import Lighthouse
 from seamarkd.lighthouse.nodes import ProbeResult
@@ -252,7 +253,7 @@ class CoordinatorDaemon(Peer):
         self._incidents: dict[int, Incident] = {}
 
     def enter(self) -> None:
-        self.core = coordinator.Coordinator(self.starts)
+        self.core = Coordinator(self.starts)
         incidents = [incident for _, incident in sorted(self._incidents.items())]
         self.core.restore(self.cluster.now, [(record, incidents) for record in self.records.values()])
         self.to_lighthouse = Link(self.cluster, lambda m: self.cluster.lighthouse.receive(self.route, m), waits=True)

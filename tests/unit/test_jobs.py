@@ -44,7 +44,9 @@ from seamark.protocol.messages import (
     WorkersStopped,
     WorkerStarted,
 )
-from seamarkd.coordinator.jobs import FRUITLESS_RESTARTS, Coordinator, Effect, Job, Persist, Tell, ToLighthouse, record
+from seamarkd.coordinator.effects import Effect, Persist, Tell, ToLighthouse
+from seamarkd.coordinator.job import FRUITLESS_RESTARTS, Job, record
+from seamarkd.coordinator.jobs import Coordinator
 from seamarkd.effects import Send
 
 T = TypeVar("T", bound=Message)

@@ -9,7 +9,8 @@ import pytest
 
 from seamark.protocol.messages import Incident, JobSpec, StoreAddress
 from seamarkd.coordinator import manifest as manifests
-from seamarkd.coordinator.jobs import Forget, JobRecord, Persist
+from seamarkd.coordinator.effects import Forget, Persist
+from seamarkd.coordinator.job import JobRecord
 from seamarkd.coordinator.manifest import Manifest, ManifestError, read
 from seamarkd.coordinator.shell import coalesced
 

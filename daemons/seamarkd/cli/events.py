@@ -40,7 +40,7 @@ from seamarkd.cli.exit_codes import CONFIGURATION
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable, on_loopback, plain
 from seamarkd.cli.why import who
-from seamarkd.coordinator.jobs import first_line
+from seamarkd.coordinator.job import first_line
 from seamarkd.lighthouse.shell import EVENT_BEAT_TOPIC, topic
 from seamarkd.settings import Settings, SettingsError, load
 

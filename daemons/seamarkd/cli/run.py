@@ -22,7 +22,7 @@ from seamark.protocol.messages import FollowJob, JobSpec, JobStatus, Message, Re
 from seamarkd.agent.keeper import PRELOAD
 from seamarkd.cli.exit_codes import ABORTED, CONFIGURATION, FAILED, INTERRUPTED, SUCCEEDED, TERMINATED
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
-from seamarkd.coordinator.jobs import ENDED
+from seamarkd.coordinator.job import ENDED
 from seamarkd.paths import job_directory
 from seamarkd.settings import load
 from seamarkd.standalone import Standalone

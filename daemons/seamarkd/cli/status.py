@@ -36,7 +36,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.cli.exit_codes import CONFIGURATION, FAILED, SUCCEEDED, UNREACHABLE
 from seamarkd.cli.operator import Operator, UnreachableError
-from seamarkd.coordinator.jobs import ENDED, first_line
+from seamarkd.coordinator.job import ENDED, first_line
 from seamarkd.lighthouse.nodes import LOST_BEATS
 from seamarkd.settings import Settings, SettingsError, load
 

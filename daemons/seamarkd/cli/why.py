@@ -15,7 +15,7 @@ from rich.text import Text
 from seamark.protocol.messages import Failure, FollowJob, Incident, Incidents, IncidentsRequest, JobStatus
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.timeline import Segment, segments, total
-from seamarkd.coordinator.jobs import first_line
+from seamarkd.coordinator.job import first_line
 from seamarkd.coordinator.manifest import read
 from seamarkd.paths import state_directory
 from seamarkd.settings import Settings, load

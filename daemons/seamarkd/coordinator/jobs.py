@@ -8,9 +8,9 @@ out; ``Persist`` stands before the sends that announce what it makes durable, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from msgspec import Struct, field
+from msgspec import Struct
 
 from seamark.protocol.messages import (
     RANKS,
@@ -29,9 +29,6 @@ from seamark.protocol.messages import (
     Incidents,
     IncidentsRequest,
     JobProgress,
-    JobSpec,
-    JobStatus,
-    MemberStatus,
     Message,
     NodeHello,
     NodeLeft,
@@ -61,19 +58,29 @@ from seamark.protocol.messages import (
     WorkerStarted,
 )
 from seamarkd.coordinator.budget import RestartBudget
-from seamarkd.coordinator.incidents import IncidentLog
+from seamarkd.coordinator.effects import Effect, Forget, Tell, ToLighthouse, persist
+from seamarkd.coordinator.job import (
+    ENDED,
+    FRUITLESS_RESTARTS,
+    Job,
+    JobRecord,
+    Process,
+    State,
+    first_line,
+    has_place,
+    members,
+    restored,
+    standing,
+    status,
+    success,
+    unwrapped,
+)
 from seamarkd.coordinator.placement import fill, larger_than, place, refusal
-from seamarkd.coordinator.policy import Happening, Standing, decide
+from seamarkd.coordinator.policy import Happening, decide
 from seamarkd.cursor import EventCursor
 from seamarkd.effects import Send
 from seamarkd.exits import ABORT_EXIT_CODE, PREEMPTION_GRACE, exit_cause
 
-State = Literal[
-    "PENDING", "STARTING", "RUNNING", "RESTARTING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"
-]
-ENDED: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"})
-FRUITLESS_RESTARTS = 1_000
-"""In an hour without a single ``ping()``: a function that fails at once takes half a minute for so many."""
 STOP_GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL when all workers are stopped."""
 FOLLOW_FOR = 10.0
@@ -92,72 +99,6 @@ ENDED_KEPT = 1_000
 REQUEST_SHIFT = 32
 
 
-class JobRecord(Struct, frozen=True):
-    """What is durable of a job. Times are of the monotonic clock: they outlive this daemon, not the host's boot."""
-
-    spec: JobSpec
-    state: State
-    generation: int
-    iteration: int
-    restarts: int
-    process_restarts: int
-    result: str
-    slots: list[Slot]
-    store: StoreAddress
-    master_addr: str
-    master_port: int
-    log_tail: list[str]
-    submission: str = ""
-    outcome: State = "FAILED"
-    submitted_at: float = 0.0
-    ended_at: float = -1.0
-    checkpoint: int = 0
-    notice: str = ""
-    wrapped: bool = False
-    spent: list[float] = []
-    finished: list[str] = []
-    discarded: list[str] = []
-    exited: dict[str, str] = {}
-    state_version: int = 0
-    state_text: str = ""
-    store_node: str = ""
-    placement: int = 0
-    width: int = 0
-    failed: list[str] = []
-    left: list[str] = []
-    heard: tuple[int, int] = (0, 0)
-
-
-class ToLighthouse(Struct, frozen=True):
-    """Send to the lighthouse."""
-
-    message: Message
-
-
-class Persist(Struct, frozen=True):
-    """Make this durable before any later effect happens."""
-
-    record: JobRecord
-    incidents: tuple[Incident, ...]
-    fresh: bool = False
-    """Nothing of an earlier job of this name remains."""
-
-
-class Forget(Struct, frozen=True):
-    """Nothing of this job has to be kept."""
-
-    job: str
-
-
-class Tell(Struct, frozen=True):
-    """The job's status changed: tell its followers, soon and not for every change alone."""
-
-    job: str
-
-
-Effect: TypeAlias = Send | ToLighthouse | Persist | Forget | Tell
-
-
 class Node(Struct):
     """An agent as the coordinator knows it."""
 
@@ -166,77 +107,6 @@ class Node(Struct):
     last_beat: float
     draining: str = ""
     """Why it gets no workers."""
-
-
-class Process(Struct):
-    """A worker process, as reported."""
-
-    incarnation: str
-    pid: int
-    alive: bool
-
-
-class Job(Struct):
-    """A job in memory."""
-
-    spec: JobSpec
-    budget: RestartBudget
-    submitted_at: float
-    submission: str = ""
-    state: State = "PENDING"
-    outcome: State = "FAILED"
-    generation: int = -1
-    iteration: int = -1
-    restarts: int = 0
-    process_restarts: int = 0
-    result: str = ""
-    sentence: str = "waits for nodes"
-    notice: str = ""
-    slots: list[Slot] = field(default_factory=list)
-    store: StoreAddress = field(default_factory=StoreAddress)
-    master_addr: str = ""
-    master_port: int = 0
-    request: int = 0
-    roster_request: int = 0
-    roster_due: float = 0.0
-    exited: dict[str, str] = field(default_factory=dict)
-    """By incarnation: the members whose exits were taken into account."""
-    stop_until: float = 0.0
-    fruitless: RestartBudget = field(default_factory=lambda: RestartBudget(FRUITLESS_RESTARTS))
-    """Restarts of either kind that may follow each other without a step between them."""
-    processes: dict[str, Process] = field(default_factory=dict)
-    finished: set[str] = field(default_factory=set)
-    discarded: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-    """Members that were lost and that the policy does not replace."""
-    placement: int = 0
-    width: int = 0
-    """Most ranks that it had in this generation."""
-    heard: tuple[int, int] = (0, 0)
-    """Epoch and number of the lighthouse's last event that was taken into account: a snapshot repeats them."""
-    completed: bool = False
-    """Its function has returned on all ranks: what is lost from now on has finished."""
-    left: set[str] = field(default_factory=set)
-    """Nodes that it was on and was taken from: what may live there is ended when they are heard again."""
-    stopping: set[str] = field(default_factory=set)
-    step: dict[str, int] = field(default_factory=dict)
-    checkpoint: int = 0
-    wrapped: bool = False
-    state_version: int = 0
-    """Of what its workers share (``call.state_dict``)."""
-    state_text: str = ""
-    store_node: str = ""
-    moving: str = ""
-    """The node that is to have the job's TCPStore, until it has it."""
-    refused_store: dict[str, str] = field(default_factory=dict)
-    """By node: why it could not start it."""
-    move_due: float = 0.0
-    store_lost: StoreLost | None = None
-    """What the lighthouse has to know, until it has acknowledged it."""
-    log_tail: list[str] = field(default_factory=list)
-    incidents: IncidentLog = field(default_factory=IncidentLog)
-    followers: dict[bytes, float] = field(default_factory=dict)
-    ended_at: float = -1.0
 
 
 class Coordinator:
@@ -399,7 +269,7 @@ class Coordinator:
                 f"waits for {job.spec.min_nodes} nodes with {job.spec.nproc_per_node} free slots each; "
                 f"free now: {', '.join(f'{node} {count}' for node, count in free.items()) or 'no node'}"
             )
-            return [_persist(job), *self._tell(job)] if changed else []
+            return [persist(job), *self._tell(job)] if changed else []
         nodes = dict.fromkeys(slot.node for slot in slots)
         gone = (job.left | before) - nodes.keys()
         effects = [effect for node in sorted(gone) for effect in self._leave(job, node)]
@@ -413,7 +283,7 @@ class Coordinator:
         job.sentence = "starts the keepers (they import torch) and the store"
         job.request = self._next()
         prepare = [effect for node in nodes for effect in self._prepare(job, node)]
-        return [*effects, _persist(job), *prepare, *self._tell(job)]
+        return [*effects, persist(job), *prepare, *self._tell(job)]
 
     def _fill(self, now: float, job: Job, why: str) -> list[Effect]:
         """Its lost places go to other nodes, and the workers that live notice nothing but a restart in process.
@@ -427,7 +297,7 @@ class Coordinator:
         job.width = max(job.width, len(job.slots))
         where = f"ranks {', '.join(str(slot.rank) for slot in found)} start on {', '.join({s.node: 0 for s in found})}"
         job.sentence = f"{why}{'; ' * bool(why)}{where if found else 'no node has room for its ranks'}"
-        return [_persist(job), *self._announce(now, job), *self._tell(job)]
+        return [persist(job), *self._announce(now, job), *self._tell(job)]
 
     def _prepare(self, job: Job, node: str) -> list[Effect]:
         return self._to_node(node, PrepareJob(job.request, job.spec, store=node == job.slots[0].node))
@@ -441,43 +311,11 @@ class Coordinator:
     def restore(self, now: float, records: Iterable[tuple[JobRecord, list[Incident]]]) -> None:
         """Take up the jobs of an earlier start. Nobody is told anything: nodes and the lighthouse will ask."""
         self._settles_at = now + NODE_SILENT
-        for record, incidents in records:
-            job = self.jobs[record.spec.name] = Job(
-                spec=record.spec,
-                budget=RestartBudget(record.spec.max_restarts, (min(at, now) for at in record.spent)),
-                submitted_at=min(record.submitted_at, now),
-                submission=record.submission,
-                state=record.state,
-                outcome=record.outcome,
-                generation=record.generation,
-                iteration=record.iteration,
-                restarts=record.restarts,
-                process_restarts=record.process_restarts,
-                result=record.result,
-                sentence=record.result if record.state in ENDED else UNHEARD,
-                notice=record.notice,
-                slots=list(record.slots),
-                store=record.store,
-                master_addr=record.master_addr,
-                master_port=record.master_port,
-                request=self._next(),
-                exited=dict(record.exited),
-                state_version=record.state_version,
-                state_text=record.state_text,
-                store_node=record.store_node,
-                placement=record.placement,
-                width=record.width,
-                failed=set(record.failed),
-                left=set(record.left),
-                heard=record.heard,
-                finished=set(record.finished),
-                discarded=set(record.discarded),
-                checkpoint=record.checkpoint,
-                wrapped=record.wrapped,
-                log_tail=list(record.log_tail),
-                incidents=IncidentLog(incidents),
-                ended_at=record.ended_at,
-            )
+        for kept, incidents in records:
+            job = self.jobs[kept.spec.name] = restored(now, kept, incidents)
+            job.request = self._next()
+            if job.state not in ENDED:
+                job.sentence = UNHEARD
             # Perhaps a coordinator before this one had moved it, and told nobody; to who knows, it is nothing new.
             job.store_lost = self._store_news(now, job) if job.store_node else None
             job.move_due = now + NODE_SILENT
@@ -521,7 +359,7 @@ class Coordinator:
             return [Send(route, Refused(request.request, "NO_SLOTS", too_large))]
         job = self.jobs[spec.name] = Job(spec, RestartBudget(spec.max_restarts), now, request.submission)
         job.followers[route] = now + FOLLOW_FOR
-        durable: list[Effect] = [*self._forget_oldest(), Persist(record(job), (), fresh=True)]
+        durable: list[Effect] = [*self._forget_oldest(), persist(job, fresh=True)]
         return [*durable, Send(route, status(job, now, request.request)), *self._place(now, job)]
 
     def _forget_oldest(self) -> list[Effect]:
@@ -549,7 +387,7 @@ class Coordinator:
                 for name, node in sorted(self.nodes.items())
             ],
             jobs=[status(job, now) for job in self.jobs.values()],
-            members={job.spec.name: _members(job) for job in self.jobs.values() if job.state not in ENDED},
+            members={job.spec.name: members(job) for job in self.jobs.values() if job.state not in ENDED},
         )
 
     def _follow(self, now: float, route: bytes, request: FollowJob) -> list[Effect]:
@@ -613,7 +451,7 @@ class Coordinator:
         job.store_lost = self._store_news(now, job)
         job.move_due = now + MOVE_RETRY
         roster = self._to_nodes(job, self._roster(now, job))
-        return [_persist(job), ToLighthouse(job.store_lost), *roster, *self._tell(job)]
+        return [persist(job), ToLighthouse(job.store_lost), *roster, *self._tell(job)]
 
     def _store_news(self, now: float, job: Job) -> StoreLost:
         return StoreLost(self._next(), job.spec.name, job.generation, job.store, now, job.store_node)
@@ -651,7 +489,7 @@ class Coordinator:
         job.step.clear()
         job.wrapped = False
         job.sentence = "starts the workers"
-        return [_persist(job), *self._announce(now, job), *self._tell(job)]
+        return [persist(job), *self._announce(now, job), *self._tell(job)]
 
     def _roster(self, now: float, job: Job) -> Roster:
         return Roster(
@@ -766,7 +604,7 @@ class Coordinator:
         known = job.processes.get(report.member)
         if known is not None and known.incarnation == report.incarnation:
             return effects
-        if not job.store.port or not _has_place(job, report):
+        if not job.store.port or not has_place(job, report):
             # Of an earlier generation, or on a node that it was taken from: that is about to be told so.
             return effects
         job.processes[report.member] = Process(report.incarnation, report.pid, alive=True)
@@ -774,7 +612,7 @@ class Coordinator:
         if job.state == "STARTING" and len(job.processes) == len(job.slots):
             job.state = "RUNNING"
             job.sentence = "runs"
-            effects.insert(0, _persist(job))
+            effects.insert(0, persist(job))
         elif len(job.processes) == len(job.slots) and job.sentence == UNHEARD:
             job.sentence = "runs"
         return [*effects, *self._tell(job)]
@@ -812,7 +650,7 @@ class Coordinator:
         if process is not None and current:
             process.alive = False
         job.incidents.exited(report)
-        if job.state in ("STOPPING", "RESTARTING") or report.ordered or not _has_place(job, report):
+        if job.state in ("STOPPING", "RESTARTING") or report.ordered or not has_place(job, report):
             return acknowledged
         if not current and not report.replacement:
             # Its place was given to another node meanwhile.
@@ -838,7 +676,7 @@ class Coordinator:
             job.budget.spend(now)
             job.process_restarts += report.charged
             job.sentence = f"rank {rank} {how}; a replacement joins"
-            return [_persist(job)]
+            return [persist(job)]
         node = next(slot.node for slot in job.slots if slot.member == report.member)
         if node in self.nodes and self.nodes[node].draining:
             return self._node_gone(now, job, node)
@@ -850,7 +688,7 @@ class Coordinator:
         found = standing(job)
         match decide(happening, found):
             case "succeed":
-                return self._end(now, job, "SUCCEEDED", _success(job))
+                return self._end(now, job, "SUCCEEDED", success(job))
             case "fail":
                 left = len(job.slots) - len(job.discarded)
                 result = f"{why}: {left} ranks are left, fewer than {job.spec.min_ranks}"
@@ -866,13 +704,13 @@ class Coordinator:
                 return self._restart(now, job)
             case _:
                 job.sentence = f"{why}; {found.well} worker groups go on" if why else job.sentence
-                return [_persist(job)]
+                return [persist(job)]
 
     def _charged_restart(self, now: float, job: Job, why: str) -> list[Effect]:
         if job.budget.spend(now):
             job.process_restarts += 1
             job.sentence = f"{why}; all workers are restarted"
-            job.notice = _unwrapped(job)
+            job.notice = unwrapped(job)
             return self._restart(now, job)
         tried = (
             f"the {job.spec.max_restarts} restarts of --max-restarts are used up"
@@ -963,7 +801,7 @@ class Coordinator:
             result = f"{FRUITLESS_RESTARTS} restarts followed each other without a ping(); the last: {why}"
             return self._end(now, job, "FAILED", result)
         job.sentence = "runs"
-        return [_persist(job), *self._tell(job)]
+        return [persist(job), *self._tell(job)]
 
     @staticmethod
     def _recognise(job: Job, event: QuorumEvent) -> None:
@@ -990,14 +828,14 @@ class Coordinator:
         job = self.jobs.get(report.job)
         if job is None or not job.incidents.timeline(report):
             return []
-        return [_persist(job)]
+        return [persist(job)]
 
     def _shared_state(self, now: float, route: bytes, report: SharedState) -> list[Effect]:
         job = self.jobs.get(report.job)
         if job is None or job.state in ENDED or report.version <= job.state_version:
             return []
         job.state_version, job.state_text = report.version, report.text
-        return [_persist(job)]
+        return [persist(job)]
 
     # --- stopping ------------------------------------------------------------------------------------------
 
@@ -1015,7 +853,7 @@ class Coordinator:
         drain = any(slot.node in self.nodes and self.nodes[slot.node].draining for slot in job.slots)
         job.stop_until = now + (PREEMPTION_GRACE if drain else STOP_GRACE) + NODE_SILENT
         job.stopping = {slot.node for slot in job.slots if slot.node in self.nodes or now < self._settles_at}
-        effects: list[Effect] = [_persist(job), *self._to_nodes(job, self._stop_order(job, final=final))]
+        effects: list[Effect] = [persist(job), *self._to_nodes(job, self._stop_order(job, final=final))]
         if not job.stopping:
             effects += self._all_stopped(now, job)
         return [*effects, *self._tell(job)]
@@ -1036,7 +874,7 @@ class Coordinator:
         if job.state == "STOPPING":
             job.state = job.outcome
             job.sentence = job.result
-            return [_persist(job), *self._tell(job), *self._use_room(now)]
+            return [persist(job), *self._tell(job), *self._use_room(now)]
         job.incidents.restarted()
         return self._place(now, job)
 
@@ -1093,136 +931,6 @@ class Coordinator:
                 job.stopping.clear()
                 effects += self._all_stopped(now, job)
         return effects
-
-
-def status(job: Job, now: float, request: int = 0) -> JobStatus:
-    """Where a job stands, for people."""
-    alive = [process for process in job.processes.values() if process.alive]
-    until = job.ended_at if job.ended_at >= 0 else now
-    return JobStatus(
-        request=request,
-        job=job.spec.name,
-        state=job.state,
-        generation=max(job.generation, 0),
-        iteration=job.iteration,
-        alive=len(alive),
-        world_size=len(job.slots),
-        restarts=job.restarts,
-        process_restarts=job.process_restarts,
-        step=max(job.step.values(), default=0),
-        pids={member: process.pid for member, process in job.processes.items() if process.alive},
-        sentence=job.sentence,
-        notice=job.notice,
-        result=job.result if job.state in ENDED else "",
-        log_tail=job.log_tail if job.state in ENDED else [],
-        incidents=job.incidents.count,
-        running_for=max(0.0, until - job.submitted_at),
-    )
-
-
-def record(job: Job) -> JobRecord:
-    """What is durable of a job."""
-    return JobRecord(
-        spec=job.spec,
-        state=job.state,
-        generation=job.generation,
-        iteration=job.iteration,
-        restarts=job.restarts,
-        process_restarts=job.process_restarts,
-        result=job.result,
-        slots=list(job.slots),
-        store=job.store,
-        master_addr=job.master_addr,
-        master_port=job.master_port,
-        log_tail=job.log_tail,
-        submission=job.submission,
-        outcome=job.outcome,
-        submitted_at=job.submitted_at,
-        ended_at=job.ended_at,
-        checkpoint=job.checkpoint,
-        notice=job.notice,
-        wrapped=job.wrapped,
-        spent=job.budget.spent,
-        finished=sorted(job.finished),
-        discarded=sorted(job.discarded),
-        exited=dict(job.exited),
-        state_version=job.state_version,
-        state_text=job.state_text,
-        store_node=job.store_node,
-        placement=job.placement,
-        width=job.width,
-        failed=sorted(job.failed),
-        left=sorted(job.left),
-        heard=job.heard,
-    )
-
-
-def standing(job: Job) -> Standing:
-    """A job as the policies look at it: in nodes under ``min-healthy`` that counts nodes, else in ranks."""
-    by_node = job.spec.policy == "min-healthy" and job.spec.worker_group == "node"
-    groups: dict[int, list[str]] = {}
-    for slot in job.slots:
-        groups.setdefault(slot.group_rank if by_node else slot.rank, []).append(slot.member)
-    lost = job.failed | job.discarded
-    return Standing(
-        policy=job.spec.policy,
-        wrapped=job.wrapped,
-        least=job.spec.min_nodes if by_node else job.spec.min_ranks,
-        well=sum(lost.isdisjoint(members) for members in groups.values()),
-        finished=sum(job.finished.issuperset(members) for members in groups.values()),
-        running=sum(slot.member not in lost and slot.member not in job.finished for slot in job.slots),
-        missing=job.spec.max_ranks - len(job.slots),
-    )
-
-
-def _success(job: Job) -> str:
-    finished, width = len(job.finished), max(job.width, len(job.slots))
-    text = f"{'all' if finished == width else f'{finished} of'} {width} ranks completed"
-    text += f", {len(job.discarded)} were discarded by its rank assignment" if job.discarded else ""
-    lost = width - finished - len(job.discarded)
-    return f"{text}, {lost} were lost and had no replacement" if lost else text
-
-
-def _members(job: Job) -> list[MemberStatus]:
-    members = []
-    for slot in job.slots:
-        process = job.processes.get(slot.member)
-        members.append(
-            MemberStatus(
-                member=slot.member,
-                rank=slot.rank,
-                node=slot.node,
-                pid=process.pid if process else 0,
-                alive=process is not None and process.alive,
-                step=job.step.get(slot.member, -1),
-            )
-        )
-    return members
-
-
-def _persist(job: Job) -> Persist:
-    return Persist(record(job), job.incidents.take_changed())
-
-
-def _has_place(job: Job, report: WorkerStarted | WorkerExited) -> bool:
-    """Whether the worker's place is on the node that reports it; one that was lost may not know better."""
-    node = next((slot.node for slot in job.slots if slot.member == report.member), None)
-    return node is not None and report.node in ("", node)
-
-
-def first_line(text: str) -> str:
-    """The first line of a text, for a sentence."""
-    return text.strip().split("\n", 1)[0]
-
-
-def _unwrapped(job: Job) -> str:
-    """Why a failure restarted everybody under a policy that promises better, and what to do about it."""
-    if job.wrapped or job.spec.policy != "replace":
-        return ""
-    return (
-        "no rank reached seamark.Wrapper, and only a wrapped function can be restarted in process: every failure "
-        "restarts all ranks; wrap the training function, or ask for just that with --restart-policy any-failed"
-    )
 
 
 def _unknown(request: int, job: str) -> Refused:

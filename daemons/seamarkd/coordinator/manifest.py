@@ -17,7 +17,8 @@ from typing import Self
 import msgspec
 
 from seamark.protocol.messages import Incident
-from seamarkd.coordinator.jobs import Forget, JobRecord, Persist
+from seamarkd.coordinator.effects import Forget, Persist
+from seamarkd.coordinator.job import JobRecord
 from seamarkd.errors import StateError
 
 SCHEMA_VERSION = 1

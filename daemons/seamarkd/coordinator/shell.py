@@ -21,7 +21,9 @@ from msgspec.structs import replace
 from seamark.protocol.messages import Message, StatusRequest
 from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.channel import Channel
-from seamarkd.coordinator.jobs import Coordinator, Effect, Forget, Persist, Tell, ToLighthouse, status
+from seamarkd.coordinator.effects import Effect, Forget, Persist, Tell, ToLighthouse
+from seamarkd.coordinator.job import status
+from seamarkd.coordinator.jobs import Coordinator
 from seamarkd.coordinator.manifest import Manifest, ManifestError
 from seamarkd.effects import Send
 from seamarkd.software import software
