@@ -17,8 +17,8 @@ import psutil
 import pytest
 from standalone import wait_for
 
-from seamark.autorestart import LIGHTHOUSE_OFFSET
 from seamark.environment import STORE_OFFSET
+from seamark.launched import LIGHTHOUSE_OFFSET
 from seamark.protocol.messages import LighthouseStatus
 from seamarkd.agent.ports import candidates
 from seamarkd.cli.status import ask_one

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from seamark.autorestart import MAX_SHORT_LIVES, SHORT_LIFE, Lives, MonitorError, Place, fork_and_monitor
+from seamark.autorestart import MAX_SHORT_LIVES, SHORT_LIFE, Lives, fork_and_monitor
+from seamark.launched import MonitorError, Place
 
 TORCHRUN = {
     "RANK": "5",
