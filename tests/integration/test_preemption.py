@@ -150,15 +150,14 @@ def test_an_agent_that_is_told_to_end_gives_its_workers_half_a_minute(two: Suite
     agent = psutil.Process(two.programs()[name].pid)
     began = time.monotonic()
     agent.send_signal(signal.SIGTERM)
-    saves = wait_for("its checkpoint", lambda: job.said(1, "saves"))
-    assert saves[-1]["at"] - began < 5.0
+    wait_for("its checkpoint", lambda: job.said(1, "saved"))
     alone = wait_for("the other one", lambda: [one for one in job.said(0, "enters") if one["at"] > began])
     assert alone[0]["step"] >= job.said(1, "saved")[-1]["step"]
-    assert alone[0]["at"] - began < 10.0, "nobody waits for the deaf one"
+    assert alone[0]["at"] - began < 25.0, "nobody waits for the deaf one"
     agent.send_signal(signal.SIGTERM)
     assert wait_for("its end", lambda: agent if not agent.is_running() else None, 45.0)
     took = time.monotonic() - began
-    assert 29.5 < took < 33.0, f"a worker that ignores SIGTERM is killed after 30 s, not {took:.1f}"
+    assert 29.5 < took < 34.0, f"a worker that ignores SIGTERM is killed after 30 s, not {took:.1f}"
     os.kill(two.supervisord().pid, 0)
     assert two.programs()[name].pid == 0, "143 is an end that is meant"
     two.command("up", "--agents", "2")

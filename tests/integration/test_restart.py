@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.alone]
 FOUR = ("--nproc-per-node", "4")
 FAILURES = 60
 RESTARTS = 50
-KILLS = int(os.environ.get("SEAMARK_KILLS", "10"))
+KILLS = int(os.environ.get("SEAMARK_KILLS", "5"))
 """The proof is 100: ``SEAMARK_KILLS=100 scripts/test.sh -k many_kills``."""
 
 
