@@ -16,6 +16,8 @@ GENERATION = "SEAMARK_GENERATION"
 NODE = "SEAMARK_NODE"
 ALONE = "SEAMARK_ALONE"
 """Set where a worker has an agent of its own (``seamark.autorestart``): its node's name is in its joins."""
+MIN_WORLD_SIZE = "SEAMARK_MIN_WORLD_SIZE"
+"""Fewer ranks than these no quorum is answered for."""
 CHECKPOINT_DIR = "SEAMARK_CHECKPOINT_DIR"
 LIGHTHOUSE_ADDRESS = "SEAMARK_LIGHTHOUSE_ADDRESS"
 LIGHTHOUSE_EVENTS = "SEAMARK_LIGHTHOUSE_EVENTS"
@@ -36,6 +38,7 @@ class WorkerEnvironment:
     rank: int
     world_size: int
     alone: bool = False
+    min_world_size: int = 1
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> WorkerEnvironment:
@@ -55,6 +58,7 @@ class WorkerEnvironment:
                 rank=int(environ["RANK"]),
                 world_size=int(environ["WORLD_SIZE"]),
                 alone=environ.get(ALONE) == "1",
+                min_world_size=int(environ.get(MIN_WORLD_SIZE, "1")),
             )
         except KeyError as error:
             raise MissingEnvironmentError(

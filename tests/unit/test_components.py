@@ -14,7 +14,7 @@ from seamark.inprocess.components import Components
 from seamark.inprocess.exceptions import HealthCheckError, RestartAbort, RestartError, TimeoutError
 from seamark.inprocess.finalize import ThreadedFinalize
 from seamark.inprocess.health_check import CudaHealthCheck, FaultCounter
-from seamark.inprocess.initialize import RetryController
+from seamark.inprocess.initialize import RetryController, check_minimum
 from seamark.inprocess.state import Mode, State
 
 STATE = replace(State.from_env({"RANK": "1", "WORLD_SIZE": "4"}), iteration=0, active_world_size=4, mode=Mode.ACTIVE)
@@ -179,3 +179,21 @@ def test_arguments_of_the_reference_wrapper_are_taken_and_misspelt_ones_are_not(
     seamark.Wrapper(store_kwargs={"port": 1}, heartbeat_interval=interval, last_call_wait=interval)
     with pytest.raises(TypeError, match="no argument 'soft_time_out': did you mean soft_timeout"):
         seamark.Wrapper(soft_time_out=1.0)
+
+
+@pytest.mark.parametrize(
+    ("component", "refused"),
+    [
+        (RetryController(min_world_size=5), True),
+        (inprocess.Compose(lambda state: state, RetryController(min_world_size=5)), True),
+        (RetryController(min_world_size=4), False),
+        (RetryController(max_iterations=3), False),
+        (None, False),
+    ],
+)
+def test_a_minimum_above_the_launcher_s_is_refused_with_both(component: object, refused: bool) -> None:
+    if not refused:
+        check_minimum(component, 4)
+        return
+    with pytest.raises(ValueError, match=r"min_world_size=5\) .* MIN x --nproc-per-node = 4 ranks"):
+        check_minimum(component, 4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from seamark.inprocess.compose import parts_of
 from seamark.inprocess.exceptions import RestartAbort
 from seamark.inprocess.state import State
 
@@ -52,3 +53,21 @@ class RetryController:
                 f"{state.active_world_size} ranks would take part, min_active_world_size={self.min_active_world_size}"
             )
         return state
+
+
+def check_minimum(initialize: object, min_world_size: int) -> None:
+    """Refuses a minimum that would end the job where its launcher lets it go on.
+
+    Args:
+        initialize: the wrapper's component, or a Compose of several.
+        min_world_size: ranks below which the job waits: MIN of ``--nnodes MIN:MAX`` times ``--nproc-per-node``.
+
+    Raises:
+        ValueError: a RetryController wants more.
+    """
+    for part in parts_of(initialize):
+        if isinstance(part, RetryController) and part.min_world_size > min_world_size:
+            raise ValueError(
+                f"RetryController(min_world_size={part.min_world_size}) would end the job where --nnodes goes on, "
+                f"with MIN x --nproc-per-node = {min_world_size} ranks: make the two equal"
+            )

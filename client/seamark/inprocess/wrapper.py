@@ -29,6 +29,7 @@ from seamark.inprocess.abort import ProcessGroups
 from seamark.inprocess.cleanup import describe, let_go
 from seamark.inprocess.components import ABORT_TIMEOUT, Component, Components
 from seamark.inprocess.exceptions import RankDiscarded, RestartAbort, RestartError, RestartInterrupt
+from seamark.inprocess.initialize import check_minimum
 from seamark.inprocess.interrupt import DEFAULT_SIGNAL, REPEAT_INTERVAL, Interrupter
 from seamark.inprocess.rank_assignment import Assignment, keys_of
 from seamark.inprocess.rendezvous import EnvRendezvous
@@ -186,7 +187,10 @@ class Wrapper:
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
             _check_no_group()
-            with _Restarter(WorkerEnvironment.read(), self) as restarter:
+            environment = WorkerEnvironment.read()
+            if not environment.alone:
+                check_minimum(self.components.initialize, environment.min_world_size)
+            with _Restarter(environment, self) as restarter:
                 given: tuple[Any, ...] = args
                 if parameter is not None and parameter.position < len(given):
                     given = (*given[: parameter.position], restarter.call, *given[parameter.position :])

@@ -43,6 +43,7 @@ def environment(roster: Roster, slot: Slot, incarnation: str, address: str) -> d
         names.INCARNATION: incarnation,
         names.GENERATION: str(roster.generation),
         names.NODE: slot.node,
+        names.MIN_WORLD_SIZE: str(roster.min_members),
     }
     if roster.state:
         env[SHARED_STATE] = roster.state
