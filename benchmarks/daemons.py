@@ -46,7 +46,7 @@ def main(starts: int, json_path: Path | None) -> None:
         for _ in range(starts):
             with work_directory() as home, contextlib.ExitStack() as running:
                 for role in samples:
-                    process, seconds = running.enter_context(_started(role, _environment(home)))
+                    process, seconds = running.enter_context(started(role, environment(home)))
                     samples[role]["seconds_until_serving"].append(seconds)
                     time.sleep(SETTLED)
                     samples[role]["resident_mib"].append(psutil.Process(process.pid).memory_info().rss / MEBI)
@@ -71,7 +71,8 @@ def table_of(samples: dict[str, dict[str, list[float]]]) -> Table:
     return table
 
 
-def _environment(home: Path) -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
+    """Of daemons that have addresses and directories of their own."""
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("SEAMARK_", "SUPERVISOR_"))},
         "XDG_RUNTIME_DIR": f"{home}/run",
@@ -83,7 +84,8 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _started(role: str, env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+def started(role: str, env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+    """A daemon, and the seconds until it served; it ends with the context."""
     command = str(Path(sys.executable).with_name(f"seamark-{role}"))
     began = time.monotonic()
     process = subprocess.Popen([command], env=env, stderr=subprocess.DEVNULL)
