@@ -272,7 +272,8 @@ class Listening:
             if job.members.get((event.group, failure.member)) == failure.incarnation:
                 del job.members[event.group, failure.member]
                 job.places.pop((event.group, failure.member), None)
-        if identity in job.seen:
+        if identity in job.seen or failure.cause.kind == "joined":
+            # Who joined has not failed.
             return
         job.seen[identity] = None
         if len(job.seen) > SEEN_KEPT:

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from typing import Literal
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -559,3 +560,10 @@ def test_each_loss_is_delivered_once_through_lighthouses_that_come_and_go(seed: 
     reader.catch_up()
     assert reader.delivered == lighthouse.expected
     assert reader.missed == 0
+
+
+def test_who_joins_a_running_job_has_not_failed() -> None:
+    listener = begun()
+    joined = msgspec.structs.replace(faulted(1, 4).failure, cause=Cause(kind="joined", text="ranks 2, 3 joined"))
+    assert listener.tell(FailureEvent("j", RANKS, 1, 1, joined)) == []
+    assert listener.tell(lost(2, "j/1")) == [lost(2, "j/1")]

@@ -39,8 +39,7 @@ from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.cli.exit_codes import CONFIGURATION
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable, on_loopback, plain
-from seamarkd.cli.why import who
-from seamarkd.coordinator.job import first_line
+from seamarkd.cli.why import what
 from seamarkd.lighthouse.shell import EVENT_BEAT_TOPIC, topic
 from seamarkd.settings import Settings, SettingsError, load
 
@@ -314,7 +313,7 @@ def sentence(event: Event) -> str:
     """What happened, for people."""
     match event:
         case FailureEvent(failure=failure):
-            text = f"{who(failure)} {failure.kind}: {first_line(failure.cause.text)}"
+            text = what(failure)
             return text if failure.iteration < 0 else f"{text} (iteration {failure.iteration})"
         case RecoveredEvent():
             return f"{event.member} is back"

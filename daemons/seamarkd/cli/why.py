@@ -108,8 +108,13 @@ def show(console: Console, job: str, summary: str, incidents: list[Incident], *,
 
 def headline(incident: Incident) -> str:
     """Who failed and why, in one line."""
-    culprit = incident.failures[0]
-    return f"{who(culprit)} {culprit.kind}: {first_line(culprit.cause.text)}"
+    return what(incident.failures[0])
+
+
+def what(failure: Failure) -> str:
+    """What happened to whom, in a line; a rank that joined has not failed."""
+    text = first_line(failure.cause.text)
+    return text if failure.cause.kind == "joined" else f"{who(failure)} {failure.kind}: {text}"
 
 
 def who(failure: Failure) -> str:
@@ -126,9 +131,7 @@ def _show_incident(console: Console, incident: Incident, *, every_rank: bool) ->
     console.print(f"[bold]#{incident.number}[/] {escape(headline(incident))}", highlight=False)
     culprit = incident.failures[0]
     for other in incident.failures[1:]:
-        console.print(
-            f"   also {who(other)} {other.kind}: {first_line(other.cause.text)}", markup=False, highlight=False
-        )
+        console.print(f"   also {what(other)}", markup=False, highlight=False)
     for other in incident.consequences:
         console.print(f"   consequence: {who(other)}: {first_line(other.cause.text)}", markup=False, highlight=False)
     if incident.next_iteration < 0:
