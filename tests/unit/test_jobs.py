@@ -957,3 +957,14 @@ def test_places_on_a_node_that_drains_and_starts_nobody_go_elsewhere() -> None:
     assert places(bench)[3] == "n2"
     bench.send(NodeLeft("job", "n1"))
     assert bench.job.placement == 1
+
+
+def test_a_node_that_was_prepared_in_vain_is_told_of_the_end_of_the_job() -> None:
+    bench = wide(2)
+    bench.send(NodeHello("n2", "i", "ipc:///a", 8), b"n2")
+    drains(bench, "n1")
+    bench.send(NodeHello("n1", "i", "ipc:///a", 8), b"n1")
+    assert places(bench)[3] == "n1", "it serves again before anybody had left"
+    bench.send(StopJob(7, "job", "enough"), b"operator")
+    told = {one.to for one in bench.said if isinstance(one, Send) and isinstance(one.message, StopWorkers)}
+    assert told == {b"node", b"n1", b"n2"}

@@ -183,6 +183,8 @@ class Coordinator:
                 order = PrepareJob(job.request, job.spec, store=False)
                 for other in dict.fromkeys(slot.node for slot in found):
                     effects += self._to_node(other, order)
+                    # Should it get no place there after all, its keeper has to end some day.
+                    job.left.add(other)
         return effects
 
     def _drain(self, now: float, route: bytes, order: DrainNode) -> list[Effect]:
@@ -854,6 +856,8 @@ class Coordinator:
         job.stop_until = now + (PREEMPTION_GRACE if drain else STOP_GRACE) + NODE_SILENT
         job.stopping = {slot.node for slot in job.slots if slot.node in self.nodes or now < self._settles_at}
         effects: list[Effect] = [persist(job), *self._to_nodes(job, self._stop_order(job, final=final))]
+        if final:
+            effects += [effect for node in sorted(job.left) for effect in self._leave(job, node)]
         if not job.stopping:
             effects += self._all_stopped(now, job)
         return [*effects, *self._tell(job)]
