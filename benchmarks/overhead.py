@@ -42,8 +42,8 @@ IMPORTS = 5
 PATIENCE = 120.0
 SCRIPT = str(TRAINING / "step_cost.py")
 NOTES = f"""\
-step: milliseconds of a step on rank 0 of {RANKS}, the median of the rounds' medians. more: by how much a round's median
-    is above the round's median without a wrapper, the median of the rounds, and its 95 % interval (sign test). The
+step: milliseconds of a step on rank 0 of {RANKS}, the median of the rounds' means. more: by how much a round's mean is
+    above the round's mean without a wrapper, the median of the rounds, and its 95 % interval (sign test). The
     first {SETTLING} steps of each turn do not count. The first system finds how many products make about 20 ms; the
     others do as many. ping, section: microseconds of one call in a loop of 100,000, the best of 5. import seamark: in
     a new interpreter."""
@@ -67,7 +67,7 @@ print(json.dumps({"seconds": took, "kib": kib() - before, "torch": "torch" in sy
 
 @dataclass
 class Row:
-    """One way to run the loop; each round's median step, and a call of ping() and of a section, in seconds."""
+    """One way to run the loop; each round's mean step, and a call of ping() and of a section, in seconds."""
 
     system: str
     version: str
@@ -220,7 +220,7 @@ def main(rounds: int, steps: int, seed: int, peer_env: Path, json_path: Path | N
                 if not row.error:
                     try:
                         samples = systems[row.system].ask("steps")["steps"]
-                        row.steps.append(statistics.median(samples[SETTLING:]))
+                        row.steps.append(statistics.fmean(samples[SETTLING:]))
                     except SystemFailed as error:
                         row.error = str(error)
             progress.advance(task)

@@ -8,6 +8,7 @@ the main thread at the next ``call.ping()``: between two steps. Standard library
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -20,9 +21,13 @@ TERMINATED = 143
 
 log = logging.getLogger("seamark")
 _asked = False
+_listening = False
 _save: Callable[[], object] | None = None
 _ping_hook: Callable[[Callable[[], None]], None] | None = None
 _atomic: Callable[[], AbstractContextManager[None]] = nullcontext
+_before: Callable[[int, FrameType | None], object] | None = None
+_held: list[AbstractContextManager[None]] = []
+"""Entered, and never left: nothing interrupts the way out."""
 
 
 def on_preemption(save: Callable[[], object]) -> None:
@@ -30,8 +35,9 @@ def on_preemption(save: Callable[[], object]) -> None:
 
     ``save`` is called once, in the main thread, at the first ``call.ping()`` after SIGTERM; then the process exits with
     143. No restart interrupts it. A rank that waits in a collective for one that has left already saves nothing, so
-    with state that is spread over ranks decide together (``preempted()`` and an ``all_reduce``). After 30 s the process
-    is killed. Call it in the main thread; a later call replaces ``save``.
+    with state that is spread over ranks decide together (``preempted()`` and an ``all_reduce``). An agent kills the
+    process after 30 s. Call it in the main thread; a later call replaces ``save``. A handler of SIGTERM that the script
+    had before is called first.
 
     Args:
         save: writes the checkpoint, with ``seamark.checkpoints.save`` for instance.
@@ -42,6 +48,7 @@ def on_preemption(save: Callable[[], object]) -> None:
     global _save
     _listen()
     _save = save
+    _hook()
 
 
 def preempted() -> bool:
@@ -62,32 +69,53 @@ def attach(
     """For the wrapper: ``ping_hook`` has its argument called at the next ping, ``atomic`` keeps restarts away."""
     global _ping_hook, _atomic
     _ping_hook, _atomic = ping_hook, atomic
-    if _asked and ping_hook is not None:
-        ping_hook(_at_ping)
+    _hook()
 
 
 def _listen() -> None:
-    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+    global _listening, _before
+    if _listening:
         return
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("seamark.on_preemption() and preempted() begin in the main thread: signals arrive there")
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    handler = signal.signal(signal.SIGTERM, _on_sigterm)
+    _before = handler if callable(handler) else None
+    _listening = True
+    # A child that inherited it could not be terminated.
+    os.register_at_fork(after_in_child=_forget)
 
 
-def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
+def _forget() -> None:
+    global _listening
+    if _listening and signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, _before or signal.SIG_DFL)
+    _listening = False
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
     global _asked
     _asked = True
-    if _ping_hook is not None:
+    _hook()
+    if _before is not None:
+        _before(number, frame)
+
+
+def _hook() -> None:
+    if _asked and _save is not None and _ping_hook is not None:
         _ping_hook(_at_ping)
 
 
 def _at_ping() -> None:
-    if _save is None:
+    if threading.current_thread() is not threading.main_thread():
+        _hook()
         return
-    with _atomic():
-        log.warning("this host goes away (SIGTERM): saving a checkpoint")
-        try:
-            _save()
-        except Exception:
-            log.exception("no checkpoint was saved")
+    held = _atomic()
+    held.__enter__()
+    _held.append(held)
+    log.warning("this host goes away (SIGTERM): saving a checkpoint")
+    try:
+        assert _save is not None
+        _save()
+    except Exception:
+        log.exception("no checkpoint was saved")
     sys.exit(TERMINATED)

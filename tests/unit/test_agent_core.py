@@ -710,3 +710,34 @@ def test_a_refusal_of_a_process_does_not_reach_its_successor() -> None:
     bench.die("i0")
     bench.exit(-9, "i0")
     assert bench.agent.from_lighthouse(NOW, refused) == []
+
+
+def test_a_worker_that_was_on_its_way_when_its_node_began_to_drain_is_asked_too() -> None:
+    agent = Agent("here", lambda: "i0")
+    agent.from_coordinator(NOW, moved(0, "here"))
+    agent.drain("")
+    assert agent.draining == "no reason was given"
+    effects = agent.worker_started(NOW, "job", "i0", 100, NOW)
+    assert [one.incarnation for one in effects if isinstance(one, EndWorker)] == ["i0"]
+
+
+def test_a_job_of_the_same_name_is_another_job_whatever_its_generation() -> None:
+    bench = Bench()
+    bench.agent.from_coordinator(NOW, roster(generation=3))
+    again = msgspec.structs.replace(roster(generation=0), submission="another")
+    assert started(bench.agent.from_coordinator(NOW, again)) == ["job/0", "job/1"]
+
+
+def test_who_was_asked_to_end_is_spared_when_its_node_serves_again() -> None:
+    bench = Bench()
+    bench.agent.drain("spot")
+    assert bench.agent.is_to_end("job", "i0")
+    bench.agent.serve()
+    assert not bench.agent.is_to_end("job", "i0")
+
+
+def test_a_plain_worker_that_ends_well_because_it_was_asked_has_not_completed() -> None:
+    bench = Bench(wrapped=False)
+    bench.agent.drain("spot")
+    (exited,) = to_coordinator(bench.exit(0), WorkerExited)
+    assert (exited.completed, exited.drains) == (False, "spot")

@@ -11,6 +11,7 @@ from seamark.protocol.messages import (
     RANKS,
     AbortJob,
     Acknowledged,
+    Beat,
     Cause,
     CompletedEvent,
     DrainNode,
@@ -785,15 +786,65 @@ def test_a_job_that_lost_a_node_for_good_ends_well_and_says_so() -> None:
     assert bench.job.result == "2 of 4 ranks completed, 2 were lost and had no replacement"
 
 
-def test_a_node_that_is_silent_once_all_have_completed_is_not_waited_for() -> None:
+def test_a_node_that_is_lost_once_all_have_completed_is_not_waited_for() -> None:
     bench = wide(2)
     bench.core.from_lighthouse(bench.now, CompletedEvent("job", RANKS, 1, 1))
     for rank in (0, 1):
         bench.exit(rank, 0, completed=True)
-    bench.now += 30.0
-    bench.hello("n0")
-    bench.core.tick(bench.now)
+    for number, rank in enumerate((2, 3)):
+        bench.core.from_lighthouse(bench.now, lost_node("n1", rank, number + 2))
     assert (bench.job.outcome, bench.job.result) == ("SUCCEEDED", "all 4 ranks completed")
+
+
+def test_a_node_that_is_lost_between_two_wrapped_calls_is_missed_in_the_second() -> None:
+    bench = wide(2)
+    bench.hello("n2")
+    bench.core.from_lighthouse(bench.now, CompletedEvent("job", RANKS, 1, 1))
+    bench.core.from_lighthouse(bench.now, lost_node("n1", 2, 2))
+    assert places(bench)[3] == "n2"
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_node_that_comes_while_a_job_starts_is_taken_once_it_runs(wrapped: bool) -> None:
+    bench = Bench(nodes=1, min_nodes=1, max_nodes=2, policy="replace" if wrapped else "any-failed")
+    bench.hello("n1")
+    bench.send(StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE))
+    start_all(bench, wrapped=wrapped)
+    bench.core.tick(bench.now)
+    assert (len(bench.job.slots) == 4) if wrapped else (bench.job.state == "RESTARTING")
+
+
+def test_what_is_left_on_a_node_that_was_away_at_the_end_is_ended_when_it_is_back() -> None:
+    bench = wide(2, policy="min-healthy")
+    lose_node(bench, "n1")
+    bench.send(StopJob(7, "job", "enough"), b"operator")
+    bench.all_stopped()
+    assert bench.job.state == "CANCELLED"
+    bench.hello("n1")
+    assert [order.final for order in bench.told(StopWorkers)] == [True]
+    bench.send(SubmitJob(8, bench.spec, "again"), b"operator")
+    assert "n1" in bench.job.left or places(bench)[3] == "n1"
+
+
+def test_the_exit_itself_says_that_its_node_drains() -> None:
+    """It may be heard before the node introduces itself to a coordinator that was started anew."""
+    bench = wide(2, wrapped=False)
+    process = bench.job.processes["job/2"]
+    exit_of = WorkerExited(
+        0, "job", 0, "job/2", process.incarnation, 143, False, False, False, "", "", [], 0, node="n1", drains="spot"
+    )
+    bench.send(exit_of)
+    assert (bench.job.state, bench.job.process_restarts) == ("RESTARTING", 0)
+
+
+def test_an_order_to_drain_is_repeated_until_the_node_says_so() -> None:
+    bench = wide(2)
+    bench.send(DrainNode(5, "n1", "why"), b"operator")
+    bench.send(Beat("n1", "i", 1))
+    assert len(bench.told(DrainNode)) == 1
+    drains(bench, "n1")
+    bench.send(Beat("n1", "i", 2), b"n1")
+    assert bench.told(DrainNode) == []
 
 
 @pytest.mark.parametrize("policy", ["any-failed", "replace", "min-healthy"])
@@ -925,7 +976,7 @@ def test_a_restart_for_a_node_that_drains_is_charged_to_nobody(first: str) -> No
     else:
         lose_node(bench, "n1")
     assert (bench.job.state, bench.job.process_restarts) == ("RESTARTING", 0)
-    assert "node n1 drains: spot" in bench.job.sentence
+    assert ("rank 2 exited with code 143" if first == "exit" else "node n1 drains: spot") in bench.job.sentence
     bench.send(WorkersStopped(bench.job.request, "job", 0), b"node")
     assert bench.job.state == "RESTARTING", "its checkpoint is waited for"
     bench.send(WorkersStopped(bench.job.request, "job", 0), b"n1")

@@ -1122,7 +1122,8 @@ class WorkerExited(Message, frozen=True):
     """A worker process ended. ``status``: exit code, or minus the signal; ``replacement``: who was started instead.
 
     ``discarded``: the job's own rank assignment dropped it, which is nobody's failure. ``node``: where it was; its
-    place may be another node's by now. ``iteration``: the latest that its node knows of.
+    place may be another node's by now. ``iteration``: the latest that its node knows of. ``drains``: why the node was
+    being left then.
     """
 
     type_id = 54
@@ -1144,6 +1145,7 @@ class WorkerExited(Message, frozen=True):
     discarded: bool = False
     node: Short = ""
     iteration: Iteration = -1
+    drains: Short = ""
 
 
 class WorkerRegistered(Message, frozen=True):

@@ -286,7 +286,7 @@ class Agent:
 
     def drain(self, reason: str) -> list[Effect]:
         """All workers are asked to end, and have ``PREEMPTION_GRACE`` for that; what they leave is another node's."""
-        asked_before, self.draining = bool(self.draining), reason
+        asked_before, self.draining = bool(self.draining), reason or "no reason was given"
         effects: list[Effect] = [Introduce()]
         if asked_before:
             # The first one's time goes on running.
@@ -357,7 +357,7 @@ class Agent:
         here = any(slot.node == self.node for slot in roster.slots)
         if self.draining and here and not job.workers and known is not None and roster.generation == known.generation:
             effects.append(ToCoordinator(NodeLeft(job.name, self.node)))
-        if known is not None and roster.generation <= known.generation:
+        if known is not None and roster.generation <= known.generation and roster.submission == known.submission:
             job.allowance = roster.allowance
             if roster.generation == known.generation and roster.store_node != known.store_node:
                 effects += self._store_is_elsewhere(job, roster)
@@ -500,7 +500,11 @@ class Agent:
             return []
         worker.pid = pid
         worker.forked_at = forked_at
-        return [Remember(job_name), self._started(now, job_name, worker)]
+        effects: list[Effect] = [Remember(job_name), self._started(now, job_name, worker)]
+        if self.draining and not worker.lost and not worker.ordered:
+            # It was on its way when the others were asked.
+            effects.append(EndWorker(job_name, incarnation, PREEMPTION_GRACE))
+        return effects
 
     def _started(self, now: float, job_name: str, worker: Worker) -> Effect:
         message = WorkerStarted(
@@ -564,7 +568,8 @@ class Agent:
         worker = job.workers.pop(incarnation, None) if job else None
         if job is None or worker is None:
             return []
-        if status == 0 and not worker.wrapped:
+        if status == 0 and not worker.wrapped and not self.draining:
+            # On a node that drains it ends because it was asked to.
             worker.completed = True
         effects: list[Effect] = []
         if not (status == 0 and worker.completed):
@@ -589,6 +594,7 @@ class Agent:
             discarded,
             self.node,
             job.quorum.iteration if job.quorum else -1,
+            self.draining,
         )
         job.exited[incarnation] = worker
         return [Remember(job_name), *effects, self._report(now, ToCoordinator(message)), *self._leave(job)]
@@ -872,6 +878,12 @@ class Agent:
         """True for a worker whose exit is to be reported, or was and is not known to have been taken."""
         known = self.jobs.get(job)
         return known is not None and (incarnation in known.workers or incarnation in known.exited)
+
+    def is_to_end(self, job: str, incarnation: str) -> bool:
+        """Whether a worker that was asked to end, and had its time, is still to: its node may serve again."""
+        known = self.jobs.get(job)
+        worker = known.workers.get(incarnation) if known else None
+        return worker is not None and (bool(worker.hang) or worker.ordered or self.draining != "")
 
     def listening(self, job: str) -> list[str]:
         """The workers that are told of the job's failures."""

@@ -285,10 +285,13 @@ class AgentShell:
 
     def _keep_draining(self) -> None:
         """An agent that is started anew on this node drains it on."""
-        if self.core.draining:
-            self._draining.write_text(self.core.draining)
-        else:
-            self._draining.unlink(missing_ok=True)
+        try:
+            if self.core.draining:
+                self._draining.write_text(self.core.draining)
+            else:
+                self._draining.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("can't write down that this node drains: %s", error)
 
     def _remember(self, name: str) -> None:
         job = self.core.jobs.get(name)
@@ -428,18 +431,21 @@ class AgentShell:
         keeper = await kept.keeper
         await keeper.acknowledge(slot, incarnation)
 
-    async def _signal(self, job: str, incarnation: str, signum: int) -> None:
+    async def _signal(self, job: str, incarnation: str, signum: int, *, group: bool = True) -> None:
         kept = self._kept.get(job)
         process = kept.processes.get(incarnation) if kept else None
         if kept is None or process is None:
             return
         keeper = await kept.keeper
-        await keeper.signal(process.held.process.slot, incarnation, signum)
+        await keeper.signal(process.held.process.slot, incarnation, signum, group=group)
 
     async def _end_worker(self, job: str, incarnation: str, grace: float) -> None:
         if grace:
-            await self._signal(job, incarnation, signal.SIGTERM)
+            # Not to its children: a DataLoader's workers that die of it would fail the training before it has saved.
+            await self._signal(job, incarnation, signal.SIGTERM, group=False)
             await asyncio.sleep(grace)
+            if not self.core.is_to_end(job, incarnation):
+                return
         # It has no effect on who has ended meanwhile: the keeper goes by the incarnation.
         await self._signal(job, incarnation, signal.SIGKILL)
 

@@ -223,7 +223,7 @@ def standing(job: Job) -> Standing:
 
 def success(job: Job) -> str:
     """How it ended well, for people: who completed, and who had to be done without."""
-    finished, width = len(job.finished), max(job.width, len(job.slots))
+    finished, width = len(job.finished - job.discarded), max(job.width, len(job.slots))
     text = f"{'all' if finished == width else f'{finished} of'} {width} ranks completed"
     text += f", {len(job.discarded)} were discarded by its rank assignment" if job.discarded else ""
     lost = width - finished - len(job.discarded)

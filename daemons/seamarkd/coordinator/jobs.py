@@ -120,6 +120,8 @@ class Coordinator:
         self.epoch = epoch
         self.nodes: dict[str, Node] = {}
         self.jobs: dict[str, Job] = {}
+        self._wishes: dict[str, DrainNode] = {}
+        """By node: to drain or to serve, as long as it does not yet."""
         self.trouble = ""
         """Why nothing can be made durable just now; new jobs are refused with it."""
         self._settles_at = 0.0
@@ -160,7 +162,7 @@ class Coordinator:
 
     def _hello(self, now: float, route: bytes, hello: NodeHello) -> list[Effect]:
         self.nodes[hello.node] = Node(route, hello.slots, now, hello.draining)
-        effects: list[Effect] = [Send(route, Welcome(self.epoch))]
+        effects: list[Effect] = [Send(route, Welcome(self.epoch)), *self._wish(hello.node)]
         for job in self.jobs.values():
             if job.state not in ENDED and any(slot.node == hello.node for slot in job.slots):
                 effects += self._orders(now, job, hello.node)
@@ -168,7 +170,7 @@ class Coordinator:
             return effects + self._prepare_elsewhere(now, hello.node)
         effects += self._use_room(now)
         for job in self.jobs.values():
-            if hello.node in job.left and all(slot.node != hello.node for slot in job.slots):
+            if hello.node in job.left and (job.state in ENDED or all(slot.node != hello.node for slot in job.slots)):
                 effects += self._leave(job, hello.node)
         return effects
 
@@ -193,7 +195,18 @@ class Coordinator:
             known = ", ".join(sorted(self.nodes)) or "none"
             sentence = f"there is no node {order.node} here; there are: {known}"
             return [Send(route, Refused(order.request, "UNKNOWN_NODE", sentence))]
+        self._wishes[order.node] = order
         return [Send(node.route, order), Send(route, Acknowledged(order.request))]
+
+    def _wish(self, node: str) -> list[Effect]:
+        """What a person wants of the node, until it has said that it is so."""
+        wish = self._wishes.get(node)
+        if wish is None:
+            return []
+        if bool(self.nodes[node].draining) is not wish.undo:
+            del self._wishes[node]
+            return []
+        return self._to_node(node, wish)
 
     def _left(self, now: float, route: bytes, report: NodeLeft) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -230,9 +243,11 @@ class Coordinator:
     def _beat(self, now: float, route: bytes, beat: Beat) -> list[Effect]:
         node = self.nodes.get(beat.node)
         known = node is not None and node.route == route
+        wish: list[Effect] = []
         if node is not None and known:
             node.last_beat = now
-        return [Send(route, BeatAnswer(self.epoch, beat.sequence, known))]
+            wish = self._wish(beat.node)
+        return [Send(route, BeatAnswer(self.epoch, beat.sequence, known)), *wish]
 
     def _orders(self, now: float, job: Job, node: str) -> list[Effect]:
         """What a node that introduces itself has to be told about a job of its own; it may have heard it before."""
@@ -360,6 +375,8 @@ class Coordinator:
         if too_large:
             return [Send(route, Refused(request.request, "NO_SLOTS", too_large))]
         job = self.jobs[spec.name] = Job(spec, RestartBudget(spec.max_restarts), now, request.submission)
+        # What an earlier job of this name has left on nodes that are away is ended when they come back.
+        job.left = set(known.left) if known is not None else set()
         job.followers[route] = now + FOLLOW_FOR
         durable: list[Effect] = [*self._forget_oldest(), persist(job, fresh=True)]
         return [*durable, Send(route, status(job, now, request.request)), *self._place(now, job)]
@@ -433,7 +450,7 @@ class Coordinator:
     def _move_store(self, now: float, job: Job) -> list[Effect]:
         """On the first of the job's nodes that lives and has not refused; asked again until one has answered."""
         nodes = dict.fromkeys(slot.node for slot in job.slots if slot.node != job.store_node)
-        alive = [one for one in nodes if self._beats(now, one)]
+        alive = [one for one in nodes if self._beats(now, one) and not self.nodes[one].draining]
         willing = [one for one in alive if one not in job.refused_store]
         job.move_due = now + MOVE_RETRY
         job.moving = willing[0] if willing else job.store_node
@@ -679,9 +696,9 @@ class Coordinator:
             job.process_restarts += report.charged
             job.sentence = f"rank {rank} {how}; a replacement joins"
             return [persist(job)]
-        node = next(slot.node for slot in job.slots if slot.member == report.member)
-        if node in self.nodes and self.nodes[node].draining:
-            return self._node_gone(now, job, node)
+        if report.drains:
+            node = next(slot.node for slot in job.slots if slot.member == report.member)
+            return self._node_gone(now, job, node, drains=report.drains)
         job.failed.add(report.member)
         return self._carry_out(now, job, "worker-failed", f"rank {rank} {how}")
 
@@ -700,7 +717,8 @@ class Coordinator:
             case "restart":
                 if job.spec.policy == "min-healthy":
                     why += f"; {found.well} worker groups are well, fewer than {found.least}"
-                if charged:
+                drains = any(slot.node in self.nodes and self.nodes[slot.node].draining for slot in job.slots)
+                if charged and not drains:
                     return self._charged_restart(now, job, why)
                 job.sentence = f"{why}; all workers are restarted"
                 return self._restart(now, job)
@@ -726,11 +744,11 @@ class Coordinator:
         job.moving = ""
         return self._stop_workers(now, job, final=False)
 
-    def _node_gone(self, now: float, job: Job, node: str) -> list[Effect]:
+    def _node_gone(self, now: float, job: Job, node: str, drains: str = "") -> list[Effect]:
         """The lighthouse says that a node of the job is lost."""
         members = {slot.member for slot in job.slots if slot.node == node} - job.finished - job.failed
         known = self.nodes.get(node)
-        draining = known.draining if known is not None else ""
+        draining = drains or (known.draining if known is not None else "")
         if not draining:
             # It may be heard again at once: then it introduces itself.
             self.nodes.pop(node, None)
@@ -741,7 +759,13 @@ class Coordinator:
         for member in members:
             if member in job.processes:
                 job.processes[member].alive = False
-        if decide("node-lost", standing(job)) == "fill":
+        found = standing(job)
+        if job.completed and (found.running == 0 or found.policy != "replace"):
+            # Their function has returned on all ranks, and nobody is left who may call another.
+            job.failed -= members
+            job.finished |= members
+            return self._carry_out(now, job, "worker-finished", "")
+        if decide("node-lost", found) == "fill":
             job.slots = [slot for slot in job.slots if slot.node != node]
             job.failed -= members
             for member in members:
@@ -855,9 +879,13 @@ class Coordinator:
         drain = any(slot.node in self.nodes and self.nodes[slot.node].draining for slot in job.slots)
         job.stop_until = now + (PREEMPTION_GRACE if drain else STOP_GRACE) + NODE_SILENT
         job.stopping = {slot.node for slot in job.slots if slot.node in self.nodes or now < self._settles_at}
-        effects: list[Effect] = [persist(job), *self._to_nodes(job, self._stop_order(job, final=final))]
+        nodes = {slot.node for slot in job.slots}
+        effects: list[Effect] = []
         if final:
-            effects += [effect for node in sorted(job.left) for effect in self._leave(job, node)]
+            effects += [effect for node in sorted(job.left - nodes) for effect in self._leave(job, node)]
+            # Those that can't hear it are told when they are there again.
+            job.left |= nodes - job.stopping
+        effects = [persist(job), *self._to_nodes(job, self._stop_order(job, final=final)), *effects]
         if not job.stopping:
             effects += self._all_stopped(now, job)
         return [*effects, *self._tell(job)]
@@ -924,14 +952,11 @@ class Coordinator:
                 # Of a node that was never heard as a member of the job the lighthouse can say nothing.
                 silent = [node for node in dict.fromkeys(slot.node for slot in job.slots) if not self._beats(now, node)]
                 effects += [effect for node in silent for effect in self._node_gone(now, job, node)]
-            if job.completed and job.state == "RUNNING":
-                # Nobody reports the end of a process that had nothing left to do but to end.
-                unheard = {slot.member for slot in job.slots if not self._beats(now, slot.node)} - job.finished
-                if unheard:
-                    job.finished |= unheard
-                    effects += self._carry_out(now, job, "worker-finished", "")
+            elif job.state == "RUNNING":
+                effects += self._take_room(now, job)
             effects += self._keep_moving(now, job)
             if job.stopping and now >= job.stop_until:
+                job.left |= job.stopping
                 job.stopping.clear()
                 effects += self._all_stopped(now, job)
         return effects

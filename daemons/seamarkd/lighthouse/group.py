@@ -222,6 +222,7 @@ class Group:
     def _place(self, now: float, roster: Roster) -> list[Effect]:
         """Slots of lost nodes have other places, or none for now, and there may be more of them."""
         self._placement = roster.placement
+        effects: list[Effect] = []
         for slot in roster.slots:
             state = self.members.get(slot.member)
             if state is not None and state.slot.placed == slot.placed:
@@ -229,6 +230,10 @@ class Group:
             if state is None:
                 state = self.members[slot.member] = MemberState(slot)
             elif state.slot.node != slot.node:
+                waiting = self._joins.pop(slot.member, None)
+                if waiting is not None:
+                    sentence = f"{slot.member} has its place on node {slot.node} now: this process must end"
+                    effects.append(Send(waiting[0].route, _refused(waiting[1], "STALE_GENERATION", sentence)))
                 self._on_node[state.slot.node].remove(slot.member)
                 self._dead |= {state.incarnation} - {""}
                 self._living.discard(slot.member)
@@ -241,7 +246,7 @@ class Group:
                 self._expected[slot.member] = now + self._options.join_timeout
         for member in self.members.keys() - {slot.member for slot in roster.slots}:
             self._expected.pop(member, None)
-        return self.answer_if_ready(now)
+        return [*effects, *self.answer_if_ready(now)]
 
     def started(self, now: float, report: MemberStarted) -> list[Effect]:
         """A slot has a new incarnation; the next quorum waits for it."""
@@ -366,14 +371,17 @@ class Group:
             self._fill(now, state, report.replacement)
         else:
             self._living.discard(report.member)
-        if self.done:
+            if self._refills and report.cause.kind == "node":
+                self._expected[report.member] = now + PLACEMENT_WINDOW
+        if self.done and report.cause.kind != "node":
             return []
         if report.cause.kind == "discarded":
             # Everybody's assignment goes without it already: nobody has to be told, and nobody waits for it.
             self._active -= {report.member}
             return self._completed_by_all() or self.answer_if_ready(now)
         # Who has not entered yet ends no iteration: the others know nothing of it.
-        outside = self._incident is None and self._active_in == self.generation and report.member not in self._active
+        apart = self._active_in == self.generation and report.member not in self._active
+        outside = self.done or (self._incident is None and apart)
         failure = Failure(
             kind="lost",
             member=report.member,
@@ -423,8 +431,6 @@ class Group:
                 )
                 effects += self.lost(now, report)
                 state.presumed = True
-                if self._refills:
-                    self._expected[member] = now + PLACEMENT_WINDOW
         return effects
 
     def node_returned(self, now: float, node: str) -> list[Effect]:
