@@ -42,11 +42,12 @@ IMPORTS = 5
 PATIENCE = 120.0
 SCRIPT = str(TRAINING / "step_cost.py")
 NOTES = f"""\
-step: milliseconds of a step on rank 0 of {RANKS}, the median of the rounds' means. more: by how much a round's mean is
-    above the round's mean without a wrapper, the median of the rounds, and its 95 % interval (sign test). The
-    first {SETTLING} steps of each turn do not count. The first system finds how many products make about 20 ms; the
-    others do as many. ping, section: microseconds of one call in a loop of 100,000, the best of 5. import seamark: in
-    a new interpreter."""
+step: milliseconds of a step on rank 0 of {RANKS}, the median of the rounds' means; the first {SETTLING} of each turn
+    do not count. more: by how much a round's mean is above the round's mean without a wrapper, the median of the
+    rounds, and its 95 % interval (sign test). cpu more: the same of the processor time of a whole turn, in all
+    processes of the system, daemons and launcher included. The first system finds how many products make about
+    20 ms; the others do as many. ping, section: microseconds of one call in a loop of 100,000, the best of 5.
+    import seamark: in a new interpreter."""
 EXAMPLES = """\b
 Examples:
   python benchmarks/overhead.py --rounds 5                  does it run here?
@@ -67,11 +68,15 @@ print(json.dumps({"seconds": took, "kib": kib() - before, "torch": "torch" in sy
 
 @dataclass
 class Row:
-    """One way to run the loop; each round's mean step, and a call of ping() and of a section, in seconds."""
+    """One way to run the loop; each round's mean step, and a call of ping() and of a section, in seconds.
+
+    ``cpu``: processor seconds of each round's turn, of all its processes.
+    """
 
     system: str
     version: str
     steps: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     calls: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
@@ -83,6 +88,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         rank += 1
     outermost = max(0, rank - 1)
     return ordered[outermost], ordered[-1 - outermost]
+
+
+def more(values: Sequence[float], without: Sequence[float]) -> str:
+    """By how much they are above the same rounds' without a wrapper."""
+    ratios = [value / other - 1 for value, other in zip(values, without, strict=False)]
+    if not ratios:
+        return "-"
+    return "{:+.2%} ({:+.2%} to {:+.2%})".format(statistics.median(ratios), *interval(ratios))
 
 
 def commands(system: str, steps: int, peer: Peer | None, products: float | None) -> list[Command]:
@@ -127,7 +140,8 @@ class Turns:
         self._signal(signal.SIGSTOP)
 
     def ask(self, order: str) -> dict[str, Any]:
-        """Let it do this while all others stand still."""
+        """Let it do this while all others stand still; ``cpu``: the processor seconds that all its processes took."""
+        before = self._cpu()
         self._signal(signal.SIGCONT)
         self._turns.write(f"{order}\n")
         if not select.select([self._answers], [], [], PATIENCE)[0]:
@@ -137,7 +151,15 @@ class Turns:
         if not line:
             raise SystemFailed(f"it ended: {self._job.last_words()}")
         answer: dict[str, Any] = json.loads(line)
-        return answer
+        return answer | {"cpu": self._cpu() - before}
+
+    def _cpu(self) -> float:
+        total = 0.0
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
@@ -155,21 +177,19 @@ def imports() -> dict[str, float]:
 def table_of(rows: list[Row], imported: list[dict[str, float]]) -> Lines:
     """All rows."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("wrapper", "version", "n", "step", "more", "ping", "section"):
+    for heading in ("wrapper", "version", "n", "step", "more", "cpu more", "ping", "section"):
         table.add_column(heading, justify="left" if heading in ("wrapper", "version") else "right", no_wrap=True)
-    plain = next(row.steps for row in rows if row.system == "nothing")
+    nothing = next(row for row in rows if row.system == "nothing")
     problems = Text(style="red")
     for row in rows:
-        more = [step / without - 1 for step, without in zip(row.steps, plain, strict=False)]
         ping, section = row.calls.get("ping"), row.calls.get("section")
         table.add_row(
             row.system,
             row.version,
             str(len(row.steps)),
             f"{statistics.median(row.steps) * 1e3:.3f} ms" if row.steps else "-",
-            "{:+.2%} ({:+.2%} to {:+.2%})".format(statistics.median(more), *interval(more))
-            if more and row.system != "nothing"
-            else "-",
+            "-" if row is nothing else more(row.steps, nothing.steps),
+            "-" if row is nothing else more(row.cpu, nothing.cpu),
             "-" if ping is None else f"{ping * 1e6:.3f} µs",
             "-" if section is None or row.system != "seamark" else f"{section * 1e6:.3f} µs",
         )
@@ -195,7 +215,7 @@ def main(rounds: int, steps: int, seed: int, peer_env: Path, json_path: Path | N
 
     A full run takes about 6 minutes. Nothing is left running, after Ctrl-C neither.
     """
-    run = BenchmarkRun("overhead", seed, json_path)
+    run = BenchmarkRun("overhead", seed, json_path, width=130)
     rows: list[Row] = []
     imported: list[dict[str, float]] = []
     with run.measuring(), work_directory() as work, run.progress() as progress:
@@ -219,8 +239,9 @@ def main(rounds: int, steps: int, seed: int, peer_env: Path, json_path: Path | N
             for row in order.sample(rows, len(rows)):
                 if not row.error:
                     try:
-                        samples = systems[row.system].ask("steps")["steps"]
-                        row.steps.append(statistics.fmean(samples[SETTLING:]))
+                        answer = systems[row.system].ask("steps")
+                        row.steps.append(statistics.fmean(answer["steps"][SETTLING:]))
+                        row.cpu.append(answer["cpu"])
                     except SystemFailed as error:
                         row.error = str(error)
             progress.advance(task)
