@@ -930,3 +930,42 @@ def test_who_was_away_while_the_others_went_on_is_called_back_by_a_new_lighthous
     assert event.failure.cause.text == "node n1 was away when iteration 1 began"
     spread.join(2, 3)
     assert [one.failure.cause.kind for one in spread.published(FailureEvent)] == ["stuck", "joined"]
+
+
+def test_survivors_wait_for_the_placement_of_ranks_whose_node_drains_too(spread: Bench) -> None:
+    spread.do(spread.group.set_roster(spread.now, placed(1, r2="n2", r3="n2")))
+    newcomer(spread, 2, 3)
+    spread.join(0, 1, 2, 3)
+    drains = Cause(kind="node", text="node n2 drains: spot")
+    for rank in (2, 3):
+        gone = spread.incarnations[f"job/{rank}"]
+        report = MemberLost(0, "job", 0, f"job/{rank}", gone, drains, -1.0, spread.now, "exit", "", "n2")
+        spread.do(spread.group.lost(spread.now, report))
+    spread.join(0, 1)
+    assert len(answered(spread)) == 1, "nobody knows yet whether they get other places"
+    spread.do(spread.group.set_roster(spread.now, placed(2)))
+    assert answered(spread)[-1] == ["job/0", "job/1"]
+
+
+def test_who_asks_from_a_place_that_is_another_node_s_by_now_is_refused(spread: Bench) -> None:
+    spread.do(spread.group.set_roster(spread.now, placed(1, r2="n2", r3="n2")))
+    newcomer(spread, 2, 3)
+    spread.join(0, 1, 2, 3)
+    spread.fault(0, OWN, iteration=1)
+    spread.join(3)
+    spread.do(spread.group.set_roster(spread.now, placed(2, r2="n3", r3="n3")))
+    (refused,) = spread.sent(Refused)
+    assert (refused.member, refused.incarnation) == ("job/3", "job/3#0+")
+    newcomer(spread, 2, 3)
+    spread.join(0, 1, 2, 3)
+    assert answered(spread)[-1] == members()
+
+
+def test_the_loss_of_a_node_is_told_also_after_the_completion(spread: Bench) -> None:
+    """Another call may follow, and somebody has to take its places for that."""
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1)))
+    spread.complete(0, 1, iteration=1)
+    spread.said.clear()
+    spread.do(spread.group.node_lost(spread.now, "n0"))
+    assert {event.failure.iteration for event in spread.published(FailureEvent)} == {-1}
