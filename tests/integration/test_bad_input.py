@@ -42,7 +42,7 @@ def seamark(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         (["run", "--standalone", "--typo", "x.py"], 64, "--typo"),
         (["run", "--standalone", "--name", "a/b", __file__], 64, "slash"),
         (["run", "--standalone", "--env", "NOVALUE", __file__], 64, "NAME=VALUE"),
-        (["run", "--standalone", "--restart-policy", "min-healthy", __file__], 78, "replace or any-failed"),
+        (["run", "--standalone", "--restart-policy", "min-happy", __file__], 64, "min-healthy"),
         (["run", "--standalone", "--preload", "torch,my module", __file__], 64, "'my module' is no module's name"),
         (["run", "nowhere.py"], 64, "nowhere.py: no such script"),
         (["run"], 64, "which SCRIPT?"),

@@ -51,7 +51,11 @@ class Job:
             found = [lines[-1] for lines in said if lines]
             return found if len(found) == ranks and condition(found) else None
 
-        return wait_for(f"{what}\n{[self.said(rank) for rank in range(ranks)]}", latest)
+        try:
+            return wait_for(what, latest)
+        except AssertionError as error:
+            said = "\n".join(str(self.said(rank)) for rank in range(ranks))
+            raise AssertionError(f"{error}\n{said}\n{self.run.text()}\n{self.run.logs()}") from None
 
     def wait_world(self, ranks: int, world: int, iteration: int | None = None) -> list[dict[str, Any]]:
         """All these ranks sum a world of this size, in one iteration."""

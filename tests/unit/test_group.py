@@ -969,3 +969,21 @@ def test_the_loss_of_a_node_is_told_also_after_the_completion(spread: Bench) -> 
     spread.said.clear()
     spread.do(spread.group.node_lost(spread.now, "n0"))
     assert {event.failure.iteration for event in spread.published(FailureEvent)} == {-1}
+
+
+def test_a_new_generation_waits_for_all_of_it_whoever_was_in_the_last_quorum(spread: Bench) -> None:
+    spread.join(0, 1)
+    spread.do(spread.group.set_roster(spread.now, placed(1)))
+    assert answered(spread) == [["job/0", "job/1"]]
+    anew = msgspec.structs.replace(placed(0, r2="n1", r3="n1"), generation=1)
+    spread.do(spread.group.set_roster(spread.now, anew))
+    for member in members():
+        spread.incarnations[member] += "+"
+        spread.last[member] = -1
+        spread.start(member, generation=1)
+    spread.join(0, 1, generation=1)
+    assert len(answered(spread)) == 1
+    spread.join(2, 3, generation=1)
+    assert answered(spread)[-1] == members()
+    ids = [event.quorum_id for event in spread.published(QuorumEvent)]
+    assert ids == sorted(set(ids))

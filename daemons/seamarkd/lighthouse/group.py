@@ -204,6 +204,9 @@ class Group:
             # What the coordinator heard, should no node remember it: too high an iteration ends the present one, too.
             self.iteration = max(self.iteration, roster.base_iteration)
         self._options = QuorumOptions(roster.min_members, roster.join_timeout, HEARTBEAT_TIMEOUT)
+        if self._previous is not None:
+            # Who was in the last quorum is gone with its generation: its places alone are no quorum of this one.
+            self._previous = PreviousQuorum(self._previous.quorum_id)
         self._base_iteration = max(self._base_iteration, roster.base_iteration)
         self._start_timeout = roster.start_timeout
         stale = self._refuse_waiting("a newer generation of this job has been started")
