@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -158,7 +157,8 @@ def test_an_agent_that_is_told_to_end_gives_its_workers_half_a_minute(two: Suite
     assert wait_for("its end", lambda: agent if not agent.is_running() else None, 45.0)
     took = time.monotonic() - began
     assert 29.5 < took < 34.0, f"a worker that ignores SIGTERM is killed after 30 s, not {took:.1f}"
-    os.kill(two.supervisord().pid, 0)
+    log = two.state / "log" / "supervisord.log"
+    wait_for("its exit code", lambda: f"exited: {name} (exit status 143; expected)" in log.read_text())
     assert two.programs()[name].pid == 0, "143 is an end that is meant"
     two.command("up", "--agents", "2")
     job.wait_world(2, 2)
