@@ -22,6 +22,7 @@ from seamark.protocol.messages import FollowJob, JobSpec, JobStatus, Message, Re
 from seamarkd.agent.keeper import PRELOAD
 from seamarkd.cli.exit_codes import ABORTED, CONFIGURATION, FAILED, INTERRUPTED, SUCCEEDED, TERMINATED
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.cli.status import connectable
 from seamarkd.coordinator.job import ENDED
 from seamarkd.paths import job_directory
 from seamarkd.settings import load
@@ -162,7 +163,8 @@ def run(
             raise click.UsageError(
                 "--attach JOB follows a job of the suite that runs: leave SCRIPT and --standalone out"
             )
-        with Operator(load(config, os.environ, {}).coordinator.address) as operator:
+        suite = load(config, os.environ, {})
+        with Operator(connectable(suite.coordinator.address), suite.key("operator")) as operator:
             return Follower(operator, attach).attach()
     if script is None:
         raise click.UsageError("which SCRIPT? seamark run --help has examples")
@@ -195,9 +197,9 @@ def run(
         worker_group=worker_group,  # type: ignore[arg-type]
     )
     if chosen is not None:
-        with Operator(chosen.coordinator.address) as operator:
+        with Operator(connectable(chosen.coordinator.address), chosen.key("operator")) as operator:
             return Follower(operator, job).run(spec)
-    with Standalone(home, nproc_per_node) as suite, Operator(suite.coordinator) as operator:
+    with Standalone(home, nproc_per_node) as embedded, Operator(embedded.coordinator) as operator:
         # The job ends with this process: a closed terminal is no reason to end it.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return Follower(operator, job).run(spec)

@@ -12,8 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from seamark.protocol.keys import Key
 from seamark.protocol.messages import Failure, FollowJob, Incident, Incidents, IncidentsRequest, JobStatus
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.cli.status import connectable
 from seamarkd.cli.timeline import Segment, segments, total
 from seamarkd.coordinator.job import first_line
 from seamarkd.coordinator.manifest import read
@@ -71,16 +73,16 @@ def why(job: str | None, number: int | None, as_json: bool, config: Path | None)
 
 def _of_the_suite(settings: Settings, job: str) -> tuple[str, list[Incident]]:
     manifest = settings.state_directory / "coordinator.db"
-    running = _ask(settings.coordinator.address, job)
+    running = _ask(connectable(settings.coordinator.address), job, settings.key("operator"))
     if running is None and not manifest.exists():
         raise RefusedError(f"there is no job {job}: no coordinator answers, and {manifest} does not exist")
     return running or _read(manifest, job)
 
 
-def _ask(address: str, job: str) -> tuple[str, list[Incident]] | None:
+def _ask(address: str, job: str, key: Key | None = None) -> tuple[str, list[Incident]] | None:
     """From the coordinator; None if nobody answers."""
     try:
-        with Operator(address) as operator:
+        with Operator(address, key) as operator:
             status = operator.ask(lambda n: FollowJob(n, job), JobStatus, ASK_TIMEOUT)
             answer = operator.ask(lambda n: IncidentsRequest(n, job), Incidents, ASK_TIMEOUT)
     except UnreachableError:

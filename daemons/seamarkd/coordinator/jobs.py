@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from seamark.protocol.messages import (
     RANKS,
@@ -32,6 +32,7 @@ from seamark.protocol.messages import (
     Message,
     NodeHello,
     NodeLeft,
+    NodeRefusals,
     NodeStatus,
     PrepareFailed,
     PrepareJob,
@@ -107,6 +108,8 @@ class Node(Struct):
     last_beat: float
     draining: str = ""
     """Why it gets no workers."""
+    refused: dict[str, int] = field(default_factory=dict)
+    """What its agent refused its workers, by reason."""
 
 
 class Coordinator:
@@ -136,6 +139,7 @@ class Coordinator:
             StopJob: self._stop_job,
             DrainNode: self._drain,
             NodeLeft: self._left,
+            NodeRefusals: self._refusals,
             IncidentsRequest: self._incidents,
             StoreReady: self._store_ready,
             PrepareFailed: self._prepare_failed,
@@ -211,6 +215,11 @@ class Coordinator:
     def _left(self, now: float, route: bytes, report: NodeLeft) -> list[Effect]:
         job = self.jobs.get(report.job)
         return self._node_gone(now, job, report.node) if job is not None and job.state not in ENDED else []
+
+    def _refusals(self, now: float, route: bytes, report: NodeRefusals) -> list[Effect]:
+        if report.node in self.nodes:
+            self.nodes[report.node].refused = report.refused
+        return []
 
     def _use_room(self, now: float) -> list[Effect]:
         """Jobs get places in the order in which they were submitted; a small one may overtake."""
@@ -402,7 +411,7 @@ class Coordinator:
             uptime=0.0,
             trouble=self.trouble,
             nodes=[
-                NodeStatus(name, node.slots, used.get(name, 0), node.draining)
+                NodeStatus(name, node.slots, used.get(name, 0), node.draining, node.refused)
                 for name, node in sorted(self.nodes.items())
             ],
             jobs=[status(job, now) for job in self.jobs.values()],

@@ -12,21 +12,29 @@ from seamarkd import daemon
 from seamarkd.cli.exit_codes import TERMINATED
 from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.shell import CoordinatorShell
+from seamarkd.gate import Gate
 
 PATIENCE = 30.0
 """Seconds the nodes have to stop their workers when the suite is stopped (D12)."""
 
 
 class _Served:
-    def __init__(self, shell: CoordinatorShell) -> None:
+    def __init__(self, shell: CoordinatorShell, gate: Gate | None) -> None:
         self._shell = shell
+        self._gate = gate
 
     async def leave(self) -> int:
         await self._shell.shut_down(PATIENCE)
+        self._close_gate()
         return TERMINATED
 
     async def close(self) -> None:
         await self._shell.close()
+        self._close_gate()
+
+    def _close_gate(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
 
 
 @click.command()
@@ -46,15 +54,16 @@ def command(
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         manifest = Manifest(chosen.state_directory / "coordinator.db")
-        return _Served(
-            CoordinatorShell(
-                context,
-                chosen.coordinator.address,
-                chosen.lighthouse.address,
-                chosen.lighthouse.events,
-                manifest,
-            )
+        gate = Gate.of(context, chosen)
+        shell = CoordinatorShell(
+            context,
+            chosen.coordinator.address,
+            chosen.lighthouse.address,
+            chosen.lighthouse.events,
+            manifest,
+            gate,
         )
+        return _Served(shell, gate)
 
     daemon.run("coordinator", chosen, start)
 

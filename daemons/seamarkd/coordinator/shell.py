@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,13 +19,14 @@ import zmq
 from msgspec.structs import replace
 
 from seamark.protocol.messages import Message, StatusRequest
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.sockets import bind, connect, encrypted, make_socket
 from seamarkd.channel import Channel
 from seamarkd.coordinator.effects import Effect, Forget, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import status
 from seamarkd.coordinator.jobs import Coordinator
 from seamarkd.coordinator.manifest import Manifest, ManifestError
 from seamarkd.effects import Send
+from seamarkd.gate import Gate
 from seamarkd.software import software
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class CoordinatorShell:
         address: where agents and operators reach it (ROUTER).
         lighthouse, events: the lighthouse's two addresses.
         manifest: its durable state, from which the jobs of an earlier start are taken up.
+        gate: who may come in over TCP, and the key to come to the lighthouse with; None lets everybody in.
     """
 
     def __init__(
@@ -67,20 +69,25 @@ class CoordinatorShell:
         lighthouse: str,
         events: str,
         manifest: Manifest,
+        gate: Gate | None = None,
     ) -> None:
         self.core = Coordinator(manifest.epoch)
         self.core.restore(time.monotonic(), [(one, manifest.incidents(one.spec.name)) for one in manifest.jobs()])
         self._manifest = manifest
         self._since = time.monotonic()
         self._loop = asyncio.get_running_loop()
+        self._gate = gate
+        key = gate.key if gate else None
         router = make_socket(context, zmq.ROUTER)
-        router.bind(check_address(address))
+        bind(router, address, key)
         dealer = make_socket(context, zmq.DEALER)
-        dealer.connect(check_address(lighthouse))
+        connect(dealer, lighthouse, key)
         subscriber = make_socket(context, zmq.SUB)
         subscriber.subscribe(b"")
-        subscriber.connect(check_address(events))
-        self._requests = Channel(router, self._on_message)
+        connect(subscriber, events, key)
+        keyed = gate is not None and encrypted(address)
+        authority = gate.refusal if gate is not None and keyed else None
+        self._requests = Channel(router, self._on_message, authority, signed=keyed)
         self._lighthouse = Channel(dealer, self._on_lighthouse)
         self._subscription = Channel(subscriber, self._on_lighthouse)
         self._waiting: deque[Effect] = deque()
@@ -110,6 +117,9 @@ class CoordinatorShell:
         self._subscription.close()
         self._manifest.close()
 
+    def _at_the_gate(self) -> Counter[str]:
+        return self._gate.refused if self._gate else Counter()
+
     def _on_message(self, route: bytes, message: Message) -> None:
         if isinstance(message, StatusRequest):
             status = replace(
@@ -117,6 +127,7 @@ class CoordinatorShell:
                 software=software(),
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
+                dropped=dict(self._requests.dropped + self._requests.refused + self._at_the_gate()),
             )
             self._requests.send(status, route)
             return
