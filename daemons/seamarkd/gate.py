@@ -101,7 +101,8 @@ class Gate:
 
     def _look(self) -> None:
         self._timer = self._loop.call_later(LOOK_INTERVAL, self._look)
-        if self._allowed.refresh():
-            log.info("a key was revoked: its owner is heard no longer")
+        gone = self._allowed.refresh()
+        if gone:
+            log.info("revoked, and heard no longer: %s", ", ".join(gone))
             for act in self._on_revoked:
                 act()

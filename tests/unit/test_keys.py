@@ -121,7 +121,7 @@ def test_added_and_revoked_keys_are_noticed(directory: Path) -> None:
     assert allowed.find(b.public) == b
 
     revoke(directory, "a")
-    assert allowed.refresh()
+    assert allowed.refresh() == ["a"]
     assert allowed.find(a.public) is None
     assert allowed.was_revoked(a.public) == "a"
     assert allowed.find(b.public) == b

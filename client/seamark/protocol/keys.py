@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import stat
 import tempfile
 import time
@@ -102,7 +103,8 @@ def revoke(directory: Path, name: str) -> Path:
         OSError: there is none of this name, or the directory can't be written.
     """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    revoked = directory / f"{name}.{stamp}-{os.getpid()}{REVOKED}"
+    # Never onto the file of another key of this name, which would be let in again.
+    revoked = directory / f"{name}.{stamp}-{secrets.token_hex(4)}{REVOKED}"
     os.rename(directory / f"{name}{KEY}", revoked)
     return revoked
 
@@ -178,8 +180,8 @@ class AllowList:
         self._revoked: dict[str, str] = {}
         self.refresh()
 
-    def refresh(self) -> bool:
-        """Looks whether the directory has changed; True if somebody who might speak before may no longer.
+    def refresh(self) -> list[str]:
+        """Looks whether the directory has changed; the names of the keys whose owners may speak no longer.
 
         A file that can't be read now counts as it was, so that an awkward copy throws nobody out.
         """
@@ -188,16 +190,16 @@ class AllowList:
                 seen = frozenset((entry.name, entry.inode()) for entry in entries)
         except OSError as error:
             log.warning("%s: can't be read, its keys stay as they were: %s", self._directory, error.strerror)
-            return False
+            return []
         if seen == self._seen:
-            return False
+            return []
         self._seen = seen
         names = {name for name, _ in seen}
-        before = self._keys.keys()
+        before = self._keys
         self._revoked |= {key.public: key.name for key in self._read(names, REVOKED).values()}
         self._by_file = self._read(names, KEY)
         self._keys = {key.public: key for key in self._by_file.values() if key.public not in self._revoked}
-        return bool(before - self._keys.keys())
+        return sorted(key.name for public, key in before.items() if public not in self._keys)
 
     def find(self, public: str) -> Key | None:
         """The key with this public half, if its owner may speak."""
