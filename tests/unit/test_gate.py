@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import zmq
+from keyring import keyring
 from standalone import wait_for
 from zmq.utils.monitor import recv_monitor_message
 
 import seamarkd.lighthouse
 from seamark.protocol.codec import decode, encode
-from seamark.protocol.keys import Key, own, read, revoke, write
+from seamark.protocol.keys import Key, own, revoke, write
 from seamark.protocol.messages import (
     EventBeat,
     InjectFailure,
@@ -32,14 +33,6 @@ from seamarkd.cli.status import ask_one
 REVOKED = 400
 QUIET_MS = 300
 """Enough for many an answer on loopback; who waits for silence waits so long."""
-
-
-def make(directory: Path, role: str, name: str) -> Key:
-    public, secret = new_pair()
-    daemon = public if role == "daemon" else read(directory / "daemon.key").public
-    key = Key(name, role, public, secret, daemon)  # type: ignore[arg-type]
-    assert write(directory, key)
-    return key
 
 
 class Peers:
@@ -82,10 +75,7 @@ class Peers:
 
 @pytest.fixture
 def peers(tmp_path: Path) -> Iterator[Peers]:
-    directory = tmp_path / "keys"
-    directory.mkdir(mode=0o700)
-    for role, name in (("daemon", "daemon"), ("operator", "operator"), ("node", "a"), ("node", "b")):
-        make(directory, role, name)
+    directory = keyring(tmp_path / "keys", operator="operator", a="node", b="node")
     with seamarkd.lighthouse.serve(keys=directory) as served, ExitStack() as stack:
         yield Peers(directory, served, stack)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import zmq.utils.z85
+from keyring import keyring, make
 
 from seamark.protocol import zap
 from seamark.protocol.keys import AllowList, Key, KeysError, client_key, own, read, revoke, write
@@ -18,18 +19,7 @@ from seamark.protocol.sockets import new_pair
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    made = tmp_path / "keys"
-    made.mkdir(mode=0o700)
-    make(made, "daemon", "daemon")
-    return made
-
-
-def make(directory: Path, role: str, name: str) -> Key:
-    public, secret = new_pair()
-    daemon = public if role == "daemon" else read(directory / "daemon.key").public
-    key = Key(name, role, public, secret, daemon)  # type: ignore[arg-type]
-    assert write(directory, key)
-    return key
+    return keyring(tmp_path / "keys")
 
 
 def test_a_key_is_written_private_and_read_back(directory: Path) -> None:
@@ -85,7 +75,7 @@ def test_files_and_directories_that_others_can_read_are_refused(directory: Path)
 
 
 def test_whose_key_is_mine(directory: Path) -> None:
-    with pytest.raises(KeysError, match="there is no key of role operator: on the head, seamark keys add NAME --role"):
+    with pytest.raises(KeysError, match="there is no key of role operator: on the head, seamark keys add operator "):
         own(directory, "operator")
     make(directory, "operator", "alice")
     assert own(directory, "operator").name == "alice"

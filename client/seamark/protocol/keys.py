@@ -238,7 +238,7 @@ def _role(path: Path) -> str:
 
 
 def _made_by(role: KeyRole, name: str) -> str:
-    return "init" if role == "daemon" else f"add {name or 'NAME'}" + (f" --role {role}" if role != "node" else "")
+    return "init" if role == "daemon" else f"add {name or role}" + (f" --role {role}" if role != "node" else "")
 
 
 def _check_private(path: Path) -> None:
