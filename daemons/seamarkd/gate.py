@@ -67,9 +67,24 @@ class Gate:
         key, directory = settings.key("daemon"), settings.keys_directory
         return cls(context, key, directory) if key is not None and directory is not None else None
 
-    def refusal(self, user: str, message: Message) -> Refusal | None:
-        """Why the owner of this key may not send this message; None if it may."""
-        return self._allowed.refusal(user, message)
+    def refusal(self, user: str, message: Message, foreign: Callable[[str, Message], bool]) -> Refusal | None:
+        """Why the owner of this key may not send this message; None if it may.
+
+        Args:
+            user: the public half.
+            message: what it sent.
+            foreign: what the daemon knows: whether it is about something of another than this node, or (of a client's
+                key, which has none) of the suite.
+        """
+        refused = self._allowed.refusal(user, message)
+        key = self._allowed.find(user)
+        if refused is not None or key is None or key.role not in ("node", "client"):
+            return refused
+        if not foreign(key.name if key.role == "node" else "", message):
+            return None
+        what = getattr(message, "member", "") or f"job {getattr(message, 'job', '')}"
+        sentence = f"the key {key.name} may not speak for {what}, which is another's ({type(message).__name__})"
+        return Refusal("other_node", sentence)
 
     def when_revoked(self, act: Callable[[], None]) -> None:
         """Has this called whenever somebody who might speak before may no longer."""

@@ -11,19 +11,29 @@ from typing import Any
 import pytest
 import zmq
 from keyring import keyring
+from msgspec.structs import replace
 from standalone import wait_for
+from test_group import roster
 from zmq.utils.monitor import recv_monitor_message
 
 import seamarkd.lighthouse
 from seamark.protocol.codec import decode, encode
 from seamark.protocol.keys import Key, own, revoke, write
 from seamark.protocol.messages import (
+    AbortJob,
+    Acknowledged,
+    Cause,
     EventBeat,
     InjectFailure,
+    Join,
     LighthouseStatus,
+    MemberFaulted,
+    MemberStarted,
     Message,
     NodeHello,
+    QuorumAnswer,
     Refused,
+    Slot,
     StatusRequest,
     Welcome,
 )
@@ -75,7 +85,7 @@ class Peers:
 
 @pytest.fixture
 def peers(tmp_path: Path) -> Iterator[Peers]:
-    directory = keyring(tmp_path / "keys", operator="operator", a="node", b="node")
+    directory = keyring(tmp_path / "keys", operator="operator", client="client", a="node", b="node")
     with seamarkd.lighthouse.serve(keys=directory) as served, ExitStack() as stack:
         yield Peers(directory, served, stack)
 
@@ -174,6 +184,29 @@ def test_a_node_may_not_send_an_operator_s_command(peers: Peers) -> None:
     assert (refused.request, refused.code) == (7, "NOT_ALLOWED")
     assert refused.reason == "the key a has the role node, which may not send InjectFailure"
     assert peers.status().dropped == {"not_allowed": 1}
+
+
+def test_nobody_speaks_for_another_node_s_worker_or_another_s_job(peers: Peers) -> None:
+    daemon, client = (peers.dealer(own(peers.directory, role)) for role in ("daemon", "client"))
+    a, b = (peers.dealer(own(peers.directory, "node", name)) for name in "ab")
+    told = replace(roster(0), submission="s", slots=[Slot("job/0", 0, 0, "b", 0)], min_members=1)
+    assert isinstance(ask(daemon, told), Acknowledged)
+    assert isinstance(ask(b, hello("b")), Welcome)
+    assert isinstance(ask(b, MemberStarted(1, "job", 0, "job/0", "x", "b")), Acknowledged)
+    for message in (
+        MemberFaulted("job", "job/0", "x", 0, Cause("exception"), 0.0),
+        Join("job", "ranks", 0, "job/0", "x", 1, -1, 0, 0, []),
+        AbortJob("job", "job/0", "x", "why"),
+    ):
+        refused = ask(a, message)
+        assert isinstance(refused, Refused)
+        kind = type(message).__name__
+        assert refused.reason == f"the key a may not speak for job/0, which is another's ({kind})"
+    refused = ask(client, replace(told, submission=""))
+    assert isinstance(refused, Refused)
+    assert refused.reason == "the key client may not speak for job job, which is another's (Roster)"
+    assert peers.status().dropped == {"other_node": 4}
+    assert isinstance(ask(b, Join("job", "ranks", 0, "job/0", "x", 1, -1, 0, 0, [])), QuorumAnswer)
 
 
 def test_a_revoked_key_ends_on_standing_connections_and_nobody_else_is_harmed(peers: Peers) -> None:

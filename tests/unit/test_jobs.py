@@ -26,6 +26,7 @@ from seamark.protocol.messages import (
     Message,
     NodeHello,
     NodeLeft,
+    NodeRefusals,
     PrepareFailed,
     PrepareJob,
     QuorumEvent,
@@ -1019,3 +1020,33 @@ def test_a_node_that_was_prepared_in_vain_is_told_of_the_end_of_the_job() -> Non
     bench.send(StopJob(7, "job", "enough"), b"operator")
     told = {one.to for one in bench.said if isinstance(one, Send) and isinstance(one.message, StopWorkers)}
     assert told == {b"node", b"n1", b"n2"}
+
+
+def test_a_node_without_a_place_in_a_job_speaks_for_none_of_it() -> None:
+    bench = Bench(nodes=2)
+    for message in (
+        AbortJob("job", "job/0", "i", "why"),
+        SharedState("job", "job/0", "i", 1, "{}"),
+        WorkerRegistered("job", "job/0", "i"),
+        PrepareFailed(bench.job.request, "job", "why"),
+        StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE),
+    ):
+        assert bench.job.slots[0].node == "n0"
+        assert not bench.core.foreign("n0", message)
+        assert bench.core.foreign("n1", message)
+        bench.job.left.add("n1")
+        assert not bench.core.foreign("n1", message), "it was there, and ends"
+        bench.job.left.clear()
+    assert not bench.core.foreign(
+        "n1", WorkerExited(0, "job", 0, "job/0", "i", 0, True, True, False, "", "/log", [], 0)
+    )
+    assert not bench.core.foreign("n1", AbortJob("another", "another/0", "i", "why"))
+
+
+def test_what_agents_refused_is_in_the_status_until_they_come_back() -> None:
+    bench = Bench()
+    bench.send(NodeRefusals("n0", {"not_allowed": 3}))
+    bench.send(NodeRefusals("unknown", {"not_allowed": 1}))
+    assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{"not_allowed": 3}]
+    bench.hello()
+    assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{}], "it says so again"

@@ -162,6 +162,13 @@ class Coordinator:
             return [Send(route, Refused(getattr(message, "request", 0), "BAD_REQUEST", sentence))]
         return handler(now, route, message)
 
+    def foreign(self, node: str, message: Message) -> bool:
+        """Whether a message speaks for a job that this node has no part in, although it names no node."""
+        if not isinstance(message, AbortJob | PrepareFailed | SharedState | StoreReady | WorkerRegistered):
+            return False
+        job = self.jobs.get(message.job)
+        return job is not None and node not in {*(slot.node for slot in job.slots), *job.left, job.moving}
+
     # --- nodes ---------------------------------------------------------------------------------------------
 
     def _hello(self, now: float, route: bytes, hello: NodeHello) -> list[Effect]:

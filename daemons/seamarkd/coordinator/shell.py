@@ -18,6 +18,7 @@ from typing import Any
 import zmq
 from msgspec.structs import replace
 
+from seamark.protocol.authority import Refusal
 from seamark.protocol.messages import Message, StatusRequest
 from seamark.protocol.sockets import bind, connect, encrypted, make_socket
 from seamarkd.channel import Channel
@@ -86,8 +87,7 @@ class CoordinatorShell:
         subscriber.subscribe(b"")
         connect(subscriber, events, key)
         keyed = gate is not None and encrypted(address)
-        authority = gate.refusal if gate is not None and keyed else None
-        self._requests = Channel(router, self._on_message, authority, signed=keyed)
+        self._requests = Channel(router, self._on_message, self._refusal if keyed else None, signed=keyed)
         self._lighthouse = Channel(dealer, self._on_lighthouse)
         self._subscription = Channel(subscriber, self._on_lighthouse)
         self._waiting: deque[Effect] = deque()
@@ -116,6 +116,10 @@ class CoordinatorShell:
         self._lighthouse.close()
         self._subscription.close()
         self._manifest.close()
+
+    def _refusal(self, user: str, message: Message) -> Refusal | None:
+        assert self._gate is not None
+        return self._gate.refusal(user, message, self.core.foreign)
 
     def _at_the_gate(self) -> Counter[str]:
         return self._gate.refused if self._gate else Counter()

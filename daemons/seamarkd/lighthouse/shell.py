@@ -13,6 +13,7 @@ from typing import Any
 import zmq
 from msgspec.structs import replace
 
+from seamark.protocol.authority import Refusal
 from seamark.protocol.messages import Message, StatusRequest
 from seamark.protocol.sockets import bind, encrypted, make_socket
 from seamarkd.channel import Channel
@@ -77,8 +78,7 @@ class LighthouseShell:
         bind(router, address, gate.key if gate else None)
         self.address = router.getsockopt_string(zmq.LAST_ENDPOINT)
         keyed = gate is not None and encrypted(address)
-        authority = gate.refusal if gate is not None and keyed else None
-        self._requests = Channel(router, self._on_message, authority, signed=keyed)
+        self._requests = Channel(router, self._on_message, self._refusal if keyed else None, signed=keyed)
         self._events = self._publisher(events)
         self.events = self._events.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         if gate is not None and encrypted(events):
@@ -123,6 +123,10 @@ class LighthouseShell:
             self._events = self._publisher(self.events)
         except zmq.ZMQError:
             self._loop.call_later(OPEN_AGAIN, self._publish_again)
+
+    def _refusal(self, user: str, message: Message) -> Refusal | None:
+        assert self._gate is not None
+        return self._gate.refusal(user, message, self.core.foreign)
 
     def _at_the_gate(self) -> Counter[str]:
         return self._gate.refused if self._gate else Counter()
