@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import zmq
-from standalone import EVERY, wait_for
+from standalone import EVERY, descendants_of, wait_for
 from suite import Suite, suite
 
 from seamark.protocol.codec import decode, encode
-from seamark.protocol.keys import Key, own
+from seamark.protocol.keys import Key, own, write
 from seamark.protocol.messages import (
     Beat,
     BeatAnswer,
@@ -267,6 +267,26 @@ def test_commands_without_a_key_say_what_is_missing(cluster: Suite) -> None:
     assert f"security.keys: {absent}: can't be read" in said
     assert "seamark keys init" in said
     assert "unreachable" in cluster.command("status", code=2, SEAMARK_SECURITY_KEYS="")
+
+    stranger = cluster.home / "stranger"
+    stranger.mkdir(mode=0o700)
+    public, secret = new_pair()
+    assert write(stranger, Key("mallory", "operator", public, secret, own(cluster.keys, "operator").daemon))
+    said = cluster.command("status", code=2, SEAMARK_SECURITY_KEYS=str(stranger))
+    assert "to the key mallory: does seamark keys list still show it on the head?" in " ".join(said.split())
+
+
+def test_an_agent_without_its_key_does_not_start_and_says_what_to_do(tmp_path: Path) -> None:
+    home = Suite(tmp_path / "s", agents=1, keys=True)
+    home.agents = 2
+    try:
+        said = home.command("up", "--agents", "2", code=78)
+        assert f"security.keys: {home.keys}: there is no key host-1: on the head, seamark keys add host-1" in said
+        home.keys.chmod(0o755)
+        assert f"chmod 700 {home.keys}" in home.command("up", code=78)
+    finally:
+        home.command("down", code=None)
+    wait_for("its processes to end", lambda: not descendants_of(str(home.home)), 20.0)
 
 
 def test_files_of_keys_stay_private(cluster: Suite) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import zmq.utils.z85
+from hypothesis import given
+from hypothesis import strategies as st
 from keyring import keyring, make
 
 from seamark.protocol import zap
 from seamark.protocol.keys import AllowList, Key, KeysError, client_key, own, read, revoke, write
 from seamark.protocol.messages import Beat, StatusRequest
 from seamark.protocol.sockets import new_pair
+
+NOBODY = AllowList(Path("/nonexistent"))
 
 
 @pytest.fixture
@@ -220,6 +226,22 @@ def test_zap_refuses_whatever_else(directory: Path, frames: list[bytes]) -> None
     answer = zap.answer(frames, AllowList(directory))
     assert answer.frames[2] == b"400"
     assert answer.reason == "unknown_key"
+
+
+@given(frames=st.lists(st.binary(max_size=64), max_size=9))
+def test_zap_answers_whatever_it_is_asked(frames: list[bytes]) -> None:
+    answer = zap.answer(frames, NOBODY)
+    assert answer.frames[2] in (b"300", b"400")
+    assert answer.reason == "unknown_key"
+
+
+@given(content=st.binary(max_size=400) | st.text(max_size=400).map(str.encode))
+def test_any_file_is_a_key_or_a_sentence(content: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:  # mode 0600
+        file.write(content)
+        file.flush()
+        with contextlib.suppress(KeysError):
+            read(Path(file.name))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -68,7 +68,7 @@ def read(path: Path) -> Key:
         return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Key)
     except OSError as error:
         raise KeysError(f"{path}: can't be read: {error.strerror}") from None
-    except (ValueError, msgspec.ValidationError) as error:
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
         if isinstance(error, KeysError):
             raise
         raise KeysError(f"{path}: is no key ({error}): make one with seamark keys add") from None

@@ -53,8 +53,8 @@ def command(
     chosen = daemon.settings(config, insecure, log_level, log_format, {"coordinator.address": address})
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
-        manifest = Manifest(chosen.state_directory / "coordinator.db")
         gate = Gate.of(context, chosen)
+        manifest = Manifest(chosen.state_directory / "coordinator.db")
         shell = CoordinatorShell(
             context,
             chosen.coordinator.address,

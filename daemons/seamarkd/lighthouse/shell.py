@@ -36,6 +36,8 @@ PROBE_AGAIN = 0.05
 LATENESS_KEPT = 10.0
 OPEN_AGAIN = 0.02
 """Seconds between two attempts to listen at an address that a socket of this process is just giving up."""
+OPEN_AGAIN_PATIENCE = 250
+"""Attempts after which that is somebody else's doing, and said."""
 
 
 def topic(job: str) -> bytes:
@@ -114,15 +116,17 @@ class LighthouseShell:
     def _leave_subscribers(self) -> None:
         """All have to come in anew; who still may has lost nothing but a moment, for gaps are asked for."""
         self._events.close()
-        self._publish_again()
+        self._publish_again(1)
 
-    def _publish_again(self) -> None:
+    def _publish_again(self, attempt: int) -> None:
         if self._closed:
             return
         try:
             self._events = self._publisher(self.events)
-        except zmq.ZMQError:
-            self._loop.call_later(OPEN_AGAIN, self._publish_again)
+        except zmq.ZMQError as error:
+            if attempt % OPEN_AGAIN_PATIENCE == 0:
+                log.error("can't publish events at %s, trying on: %s", self.events, error.strerror)
+            self._loop.call_later(OPEN_AGAIN, self._publish_again, attempt + 1)
 
     def _refusal(self, user: str, message: Message) -> Refusal | None:
         assert self._gate is not None
