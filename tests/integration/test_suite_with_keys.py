@@ -293,3 +293,30 @@ def test_files_of_keys_stay_private(cluster: Suite) -> None:
     assert cluster.keys.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in cluster.keys.iterdir()} == {0o600}
     assert all(path.stat().st_uid == os.geteuid() for path in cluster.keys.iterdir())
+
+
+def test_a_node_whose_key_is_revoked_is_lost_and_the_job_goes_on_without_it(tmp_path: Path) -> None:
+    made = Suite(tmp_path / "s", keys=True)
+    made.env["SEAMARK_LIGHTHOUSE_AGENT_GRACE"] = "1"
+    until = tmp_path / "until"
+    arguments = ("--steps", "1000000", "--until", str(until), "--every", str(EVERY), "--pause", "0.02")
+    with ExitStack() as ending:
+        ending.callback(made.command, "down", code=None)
+        made.up()
+        made.wait_healthy()
+        options = ("--nnodes", "1:2", "--nproc-per-node", "2", "--join-timeout", "5")
+        run = made.run(tmp_path, *options, name="smaller", arguments=arguments)
+        ending.callback(run.close)
+        for rank in range(4):
+            run.wait_step(rank, 5, 0)
+        ranks = made.status()["coordinator"]["members"]["smaller"]
+        (gone,) = (one["node"] for one in ranks if one["rank"] == 2)
+        made.command("keys", "revoke", gone)
+        for rank in range(2):
+            run.wait_entered(rank, 1)
+        until.write_text(str(run.wait_step(0, 1, 1)["step"] + 20))
+        assert run.finish() == 0, run.text() + run.logs()
+        agent = (made.state / "log" / f"agent-{0 if gone == 'host' else 1}.log").read_text()
+        assert f"a daemon refuses this agent's messages: the key {gone} is not allowed here any more" in agent
+        assert [node for node in made.status()["coordinator"]["nodes"] if node["used"]] == []
+    wait_for("its processes to end", lambda: not descendants_of(str(made.home)), 20.0)
