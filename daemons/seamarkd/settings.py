@@ -141,6 +141,10 @@ class Settings(msgspec.Struct, frozen=True):
         """The node's name: the configured one, else the host's."""
         return self.agent.node or socket.gethostname()
 
+    def node_of(self, instance: int) -> str:
+        """The node's name of one of several agents on this host, counted from 0."""
+        return f"{self.node}-{instance}" if instance else self.node
+
     @property
     def slots(self) -> int:
         """The node's slots: as configured, else one per core and at least eight."""

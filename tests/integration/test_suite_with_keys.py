@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -253,9 +255,8 @@ def test_a_worker_that_sends_an_operator_s_commands_is_refused_and_counted(clust
     where = wait_for("the coordinator to hear of it", node)
     agent = f"agent-{0 if where == 'host' else 1}"
     logged_once(cluster, agent, "a message of peer .*: a worker may not send")
-    assert f"the agent of node {where} refused: 3 messages that are not their sender's to send" in cluster.command(
-        "status", code=None
-    )
+    said = " ".join(cluster.command("status", code=None).split())
+    assert f"the agent of node {where} refused: 3 messages that are not their sender's to send" in said
     jobs = {job["job"]: job["state"] for job in cluster.status()["coordinator"]["jobs"]}
     assert jobs["worker"] == "SUCCEEDED"
     assert "evil" not in jobs
@@ -276,17 +277,24 @@ def test_commands_without_a_key_say_what_is_missing(cluster: Suite) -> None:
     assert "to the key mallory: does seamark keys list still show it on the head?" in " ".join(said.split())
 
 
-def test_an_agent_without_its_key_does_not_start_and_says_what_to_do(tmp_path: Path) -> None:
-    home = Suite(tmp_path / "s", agents=1, keys=True)
-    home.agents = 2
-    try:
-        said = home.command("up", "--agents", "2", code=78)
-        assert f"security.keys: {home.keys}: there is no key host-1: on the head, seamark keys add host-1" in said
-        home.keys.chmod(0o755)
-        assert f"chmod 700 {home.keys}" in home.command("up", code=78)
-    finally:
-        home.command("down", code=None)
-    wait_for("its processes to end", lambda: not descendants_of(str(home.home)), 20.0)
+def test_daemons_whose_keys_are_missing_are_not_started_and_it_is_said_what_to_do(tmp_path: Path) -> None:
+    made = Suite(tmp_path / "s", agents=1, keys=True)
+    said = made.command("up", "--agents", "3", code=78)
+    for name in ("host-1", "host-2"):
+        assert f"security.keys: {made.keys}: there is no key {name}: on the head, seamark keys add {name};" in said
+    made.keys.chmod(0o755)
+    assert made.command("up", code=78).count(f"chmod 700 {made.keys}") == 1
+    assert "nothing is running" in made.command("down")
+
+
+@pytest.mark.parametrize("daemon", ["lighthouse", "coordinator", "agent"])
+def test_a_daemon_without_its_key_ends_with_78(tmp_path: Path, daemon: str) -> None:
+    made = Suite(tmp_path / "s")
+    env = made.env | {"SEAMARK_SECURITY_KEYS": str(tmp_path / "none")}
+    command = [sys.executable, "-c", f"from seamarkd.{daemon}.main import main; main()"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 78, done.stderr
+    assert f"ERROR {daemon} security.keys: {tmp_path / 'none'}: can't be read" in done.stderr
 
 
 def test_files_of_keys_stay_private(cluster: Suite) -> None:

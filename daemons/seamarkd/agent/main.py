@@ -57,7 +57,7 @@ def command(
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         directory = private(chosen.run_directory / f"agent-{instance}")
-        name = chosen.node if instance == 0 else f"{chosen.node}-{instance}"
+        name = chosen.node_of(instance)
         shell = AgentShell(
             context,
             node=name,

@@ -20,6 +20,7 @@ import click
 import psutil
 
 import seamarkd
+from seamark.protocol.authority import KeyRole
 from seamarkd.cli.exit_codes import CONFIGURATION, FAILED
 from seamarkd.cli.supervisor import SOCKET, NotRunningError, Program, Supervisor
 from seamarkd.settings import Settings, SettingsError, config_path, load
@@ -171,6 +172,7 @@ def _answers(address: str) -> bool:
 
 def _up(roles: tuple[str, ...], agents: int, insecure: bool, config: Path | None) -> None:
     settings = _settings(config, insecure)
+    _check_keys(settings, roles, agents)
     addresses = _addresses(settings)
     with _directories(settings) as run:
         if len(os.fsencode(run / SOCKET)) > 99:  # supervisord binds NAME.PID first; the kernel takes 107 bytes
@@ -197,6 +199,27 @@ def _up(roles: tuple[str, ...], agents: int, insecure: bool, config: Path | None
             for program in programs:
                 where = " ".join(addresses[program.group]) or settings.agent.host
                 click.echo(f"{program.name:<12} pid {program.pid:<8} {where}")
+
+
+def _check_keys(settings: Settings, roles: tuple[str, ...], agents: int) -> None:
+    """Whether each daemon will find its key.
+
+    Raises:
+        SettingsError: all that are missing or can't be used.
+    """
+    wanted: list[tuple[KeyRole, str]] = []
+    if "lighthouse" in roles or "coordinator" in roles:
+        wanted.append(("daemon", ""))
+    if "agent" in roles:
+        wanted += [("node", settings.node_of(instance)) for instance in range(agents)]
+    problems: list[str] = []
+    for role, name in wanted:
+        try:
+            settings.key(role, name)
+        except SettingsError as error:
+            problems += error.problems
+    if problems:
+        raise SettingsError(list(dict.fromkeys(problems)))
 
 
 def _environment(
