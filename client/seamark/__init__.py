@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from seamark.listening import EventsLost as EventsLost
     from seamark.preemption import on_preemption as on_preemption
     from seamark.preemption import preempted as preempted
+    from seamark.runtime_config import RuntimeConfig as RuntimeConfig
     from seamark.sections import section as section
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "FailureListener",
     "RestartAbort",
     "RestartError",
+    "RuntimeConfig",
     "State",
     "Wrapper",
     "checkpoints",
@@ -42,6 +44,7 @@ _HOMES = {
     "FailureListener": "seamark.listener",
     "RestartAbort": "seamark.inprocess.exceptions",
     "RestartError": "seamark.inprocess.exceptions",
+    "RuntimeConfig": "seamark.runtime_config",
     "State": "seamark.inprocess.state",
     "Wrapper": "seamark.inprocess.wrapper",
     "on_preemption": "seamark.preemption",
