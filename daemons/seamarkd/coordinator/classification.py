@@ -236,7 +236,7 @@ def _by_text(evidence: Evidence, patterns: Sequence[Pattern]) -> Verdict | None:
     for pattern in patterns:
         for line in reversed(lines):
             if pattern.regex.search(line):
-                return Verdict(pattern.kind, f"it said {line.strip()[:SHOWN]!r}; it {_end(evidence.status)}", TEXT)
+                return Verdict(pattern.kind, f"it said {_line(line)!r}; it {_end(evidence.status)}", TEXT)
     return None
 
 
