@@ -200,6 +200,12 @@ def test_a_job_s_own_patterns_go_first_in_their_order() -> None:
         assert classify(Evidence(status=1, text=line), ()).kind == TRANSIENT
 
 
+def test_the_first_pattern_decides_wherever_it_is_found_and_the_last_line_of_it_is_quoted() -> None:
+    patterns = job_patterns([("fan", "hardware"), ("heat", "transient")])
+    verdict = classify(Evidence(status=1, text="fan 1\nfan 2\nheat", reported_text="fan 0\nheat"), patterns)
+    assert (verdict.kind, verdict.evidence) == (HARDWARE, "it said 'fan 2'; it exited with code 1")
+
+
 @pytest.mark.parametrize(
     ("regex", "kind", "why"),
     [
@@ -215,6 +221,7 @@ def test_a_job_s_own_patterns_go_first_in_their_order() -> None:
         ("(?:x+x+)+y", "oom", "a search could take for ever"),
         ("(?=(a+)+)x", "oom", "a search could take for ever"),
         ("(a)(?(1)(b+)+|c)x", "oom", "a search could take for ever"),
+        ("(?:c|(?:a+)+)x", "oom", "a search could take for ever"),
         ("=+.*=+.*failed", "oom", "a search could take for ever"),
         ("a?" * 30 + "a" * 30, "oom", "a search could take for ever"),
     ],
