@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seamark import checkpoints as checkpoints
+    from seamark.failure_report import map_failure as map_failure
     from seamark.inprocess.exceptions import RestartAbort as RestartAbort
     from seamark.inprocess.exceptions import RestartError as RestartError
     from seamark.inprocess.state import State as State
@@ -32,6 +33,7 @@ __all__ = [
     "State",
     "Wrapper",
     "checkpoints",
+    "map_failure",
     "on_preemption",
     "preempted",
     "section",
@@ -47,6 +49,7 @@ _HOMES = {
     "RuntimeConfig": "seamark.runtime_config",
     "State": "seamark.inprocess.state",
     "Wrapper": "seamark.inprocess.wrapper",
+    "map_failure": "seamark.failure_report",
     "on_preemption": "seamark.preemption",
     "preempted": "seamark.preemption",
     "section": "seamark.sections",

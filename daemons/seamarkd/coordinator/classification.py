@@ -22,7 +22,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from seamark.failure_kinds import KINDS, Kind, is_kind
+from seamark.failure_kinds import KINDS, MESSAGES, Kind, is_kind
 
 TEXT_EXAMINED = 4_096
 """Characters of a text that patterns are tried on: half from its beginning, half from its end."""
@@ -89,22 +89,15 @@ class Pattern(Struct, frozen=True):
 
 
 _DEFAULTS: tuple[tuple[str, Kind], ...] = (
-    (r"\buncorrectable (NVLink|ECC) error\b", "hardware"),
     (r"\bNVRM: Xid\b", "hardware"),
     (r"\bGPU has fallen off the bus\b", "hardware"),
-    (r"\bno CUDA-capable device is detected\b", "hardware"),
+    *MESSAGES,
     (r"\btorch\.(cuda\.)?OutOfMemoryError\b", "oom"),
-    (r"\b(CUDA|HIP|XPU) out of memory\b", "oom"),
-    (r"\bCUDA error: out of memory\b", "oom"),
     (r"(^|: )MemoryError\b", "oom"),
     (r"\b_ArrayMemoryError\b", "oom"),
-    (r"\bCannot allocate memory\b", "oom"),
     (r"^slurmstepd: error: .* DUE TO PREEMPTION\b", "spot_preemption"),
     (r"^slurmstepd: error: .* DUE TO TIME LIMIT\b", "timeout"),
-    (r"\bNCCL error\b", "transient"),
     (r"\btorch\.distributed\.Dist\w{1,30}Error\b", "transient"),
-    (r"\bConnection (reset|closed) by peer\b", "transient"),
-    (r"\bConnection refused\b", "transient"),
 )
 DEFAULT_PATTERNS: tuple[Pattern, ...] = tuple(Pattern(re.compile(regex), kind) for regex, kind in _DEFAULTS)
 
