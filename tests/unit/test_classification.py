@@ -237,7 +237,14 @@ def test_a_pattern_that_can_t_be_used_is_refused_in_one_sentence(regex: str, kin
 
 @pytest.mark.parametrize(
     "regex",
-    [r"node .* failed with .* code \d{1,3}", "(foo|bar): [0-9]+", r"(\d{1,3}\.){3}\d{1,3}", r"(?i)^\[ours\] .+"],
+    [
+        r"node .* failed with .* code \d{1,3}",
+        "(foo|bar): [0-9]+",
+        r"(\d{1,3}\.){3}\d{1,3}",
+        r"(?i)^\[ours\] .+",
+        r"^OURLIB: disk \d{1,3} is full$",
+        r"\bcorrupt record\b",
+    ],
 )
 def test_an_ordinary_pattern_is_taken(regex: str) -> None:
     assert job_patterns([(regex, "hardware")])[0].regex.pattern == regex
