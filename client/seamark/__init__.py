@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from seamark.preemption import preempted as preempted
     from seamark.runtime_config import RuntimeConfig as RuntimeConfig
     from seamark.sections import section as section
+    from seamark.sharding import Shard as Shard
+    from seamark.sharding import ShardError as ShardError
+    from seamark.sharding import report_failure as report_failure
+    from seamark.sharding import shards as shards
 
 __all__ = [
     "CallWrapper",
@@ -30,13 +34,17 @@ __all__ = [
     "RestartAbort",
     "RestartError",
     "RuntimeConfig",
+    "Shard",
+    "ShardError",
     "State",
     "Wrapper",
     "checkpoints",
     "map_failure",
     "on_preemption",
     "preempted",
+    "report_failure",
     "section",
+    "shards",
 ]
 
 _HOMES = {
@@ -47,12 +55,16 @@ _HOMES = {
     "RestartAbort": "seamark.inprocess.exceptions",
     "RestartError": "seamark.inprocess.exceptions",
     "RuntimeConfig": "seamark.runtime_config",
+    "Shard": "seamark.sharding",
+    "ShardError": "seamark.sharding",
     "State": "seamark.inprocess.state",
     "Wrapper": "seamark.inprocess.wrapper",
     "map_failure": "seamark.failure_report",
     "on_preemption": "seamark.preemption",
     "preempted": "seamark.preemption",
+    "report_failure": "seamark.sharding",
     "section": "seamark.sections",
+    "shards": "seamark.sharding",
 }
 
 
