@@ -13,8 +13,8 @@ from seamarkd.coordinator import manifest as manifests
 from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.effects import Forget, Persist
 from seamarkd.coordinator.job import JobRecord
-from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.ledger import Row, State
+from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.schema import SCHEMA_VERSION
 from seamarkd.coordinator.shards import Record, Reply
 from seamarkd.coordinator.shell import coalesced
