@@ -1291,6 +1291,8 @@ class CoordinatorStatus(Message, frozen=True):
     nodes: list[NodeStatus]
     jobs: list[JobStatus]
     members: dict[str, list[MemberStatus]]
+    commits: Count = 0
+    """Transactions of the manifest since the start."""
 
 
 class NodeHealth(Part, frozen=True):

@@ -110,6 +110,7 @@ class CoordinatorShell:
         self._disk = ThreadPoolExecutor(1, "seamark-manifest")
         self._reading: set[asyncio.Task[None]] = set()
         self._backup_due = 0.0
+        self._commits = 0
         self._closing = False
         self._told: dict[str, asyncio.TimerHandle] = {}
         self._timer = self._loop.call_later(TICK, self._tick)
@@ -144,6 +145,7 @@ class CoordinatorShell:
                 software=software(),
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
+                commits=self._commits,
             )
             self._requests.send(status, route)
             return
@@ -232,6 +234,7 @@ class CoordinatorShell:
                 self._waiting.extendleft(reversed([*batch, *records, *sends]))
                 await asyncio.sleep(COMMIT_RETRY)
                 continue
+            self._commits += 1
             self.core.trouble = ""
             while sends:
                 self._send(sends.popleft())
