@@ -22,6 +22,7 @@ from seamark.protocol.messages import (
     JobProgress,
     JobSpec,
     JobStatus,
+    LeaseShard,
     Member,
     Message,
     NodeHello,
@@ -31,6 +32,7 @@ from seamark.protocol.messages import (
     PrepareJob,
     QuorumEvent,
     Refused,
+    ReportFailure,
     Roster,
     SharedState,
     Snapshot,
@@ -1030,6 +1032,8 @@ def test_a_node_without_a_place_in_a_job_speaks_for_none_of_it() -> None:
         WorkerRegistered("job", "job/0", "i"),
         PrepareFailed(bench.job.request, "job", "why"),
         StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE),
+        LeaseShard(1, "job", "job/0", "i#c", "data"),
+        ReportFailure("job", "job/0", "i", "oom"),
     ):
         assert bench.job.slots[0].node == "n0"
         assert not bench.core.foreign("n0", message)

@@ -12,15 +12,20 @@ from seamark.protocol.messages import (
     AbortJob,
     Acknowledged,
     Beat,
+    CheckpointShard,
     CommitVote,
     Complete,
+    CompleteShard,
+    DecisionsRequest,
     DrainNode,
+    FailShard,
     FollowJob,
     IncidentsRequest,
     InjectFailure,
     JobProgress,
     Join,
     LastQuorum,
+    LeaseShard,
     MemberFaulted,
     MemberLost,
     MemberStarted,
@@ -29,13 +34,17 @@ from seamark.protocol.messages import (
     NodeHello,
     NodeLeft,
     NodeRefusals,
+    OpenShards,
     PrepareFailed,
     RankJoin,
+    ReleaseShard,
     ReplicaBeat,
     ReplicaJoin,
     ReplicaLeave,
     ReplicaWithdraw,
+    ReportFailure,
     Roster,
+    ShardsRequest,
     SharedState,
     SnapshotRequest,
     StateAddressRequest,
@@ -61,11 +70,25 @@ KEY_ROLES: tuple[KeyRole, ...] = get_args(KeyRole)
 
 _OF_ITS_WORKERS = frozenset[type[Message]]({Join, Complete, MemberFaulted, AbortJob, SnapshotRequest})
 """What an agent forwards to the lighthouse."""
+_OF_SHARDS = frozenset[type[Message]](
+    {
+        CheckpointShard,
+        CompleteShard,
+        FailShard,
+        LeaseShard,
+        OpenShards,
+        ReleaseShard,
+        ReportFailure,
+        ShardsRequest,
+    }
+)
+"""What it forwards to the coordinator for its workers' data sets."""
 _OF_A_NODE = frozenset[type[Message]]({NodeHello, Beat, MemberStarted, MemberLost, LastQuorum, StoreLost})
 
 MAY_SEND: dict[Role, frozenset[type[Message]]] = {
     "daemon": frozenset({Roster, StoreLost, SnapshotRequest}),
     "node": _OF_ITS_WORKERS
+    | _OF_SHARDS
     | _OF_A_NODE
     | {
         Acknowledged,
@@ -83,10 +106,12 @@ MAY_SEND: dict[Role, frozenset[type[Message]]] = {
     },
     "operator": frozenset(
         {
+            DecisionsRequest,
             DrainNode,
             FollowJob,
             IncidentsRequest,
             InjectFailure,
+            ShardsRequest,
             SnapshotRequest,
             StatusRequest,
             StopJob,
@@ -106,7 +131,7 @@ MAY_SEND: dict[Role, frozenset[type[Message]]] = {
         Roster,
         StateAddressRequest,
     },
-    "worker": _OF_ITS_WORKERS | {MemberStuck, SharedState, Timeline, WorkerHello},
+    "worker": _OF_ITS_WORKERS | _OF_SHARDS | {MemberStuck, SharedState, Timeline, WorkerHello},
 }
 """What each may send to whoever listens; daemons refuse besides what is not for them."""
 

@@ -15,6 +15,7 @@ from seamarkd.cli.exit_codes import CONFIGURATION, INTERRUPTED, UNREACHABLE, USA
 from seamarkd.cli.fail import fail
 from seamarkd.cli.joblogs import logs
 from seamarkd.cli.keys import keys_group
+from seamarkd.cli.manifest import manifest
 from seamarkd.cli.operator import UnreachableError
 from seamarkd.cli.run import run
 from seamarkd.cli.status import status
@@ -50,7 +51,7 @@ def cli() -> None:
     """
 
 
-for command in (up, down, restart, run, status, logs, events, why, doctor, drain, undrain, fail, keys_group):
+for command in (up, down, restart, run, status, logs, events, why, manifest, doctor, drain, undrain, fail, keys_group):
     cli.add_command(command)
 
 
