@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -30,6 +31,7 @@ from seamark.protocol.messages import (
     StopJob,
 )
 from seamark.protocol.sockets import connect, make_socket, new_pair
+from seamarkd.cli.status import REFUSALS
 
 pytestmark = pytest.mark.suite
 
@@ -328,3 +330,27 @@ def test_a_node_whose_key_is_revoked_is_lost_and_the_job_goes_on_without_it(tmp_
         assert f"a daemon refuses this agent's messages: the key {gone} is not allowed here any more" in agent
         assert [node for node in made.status()["coordinator"]["nodes"] if node["used"]] == []
     wait_for("its processes to end", lambda: not descendants_of(str(made.home)), 20.0)
+
+
+SHARDS = """
+import seamark
+for shard in seamark.shards("inputs", size=40, shard_size=10):
+    shard.complete()
+"""
+
+
+def test_shards_are_leased_and_read_with_keys(cluster: Suite, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SHARDS)
+    before = counts(cluster)
+    options = ("--nnodes", "2", "--independent", "--preload", "none")
+    run = cluster.run(tmp_path, *options, name="shards", script=script)
+    try:
+        assert run.finish() == 0, run.text() + run.logs()
+    finally:
+        run.close()
+    (dataset,) = json.loads(cluster.command("manifest", "shards"))["datasets"]
+    assert [shard["state"] for shard in dataset["shards"]] == ["DONE"] * 4
+    assert "succeeded" in cluster.command("why", "shards")
+    refused = {who: sum(numbers.get(reason, 0) for reason in REFUSALS) for who, numbers in counts(cluster).items()}
+    assert refused == {who: sum(numbers.get(reason, 0) for reason in REFUSALS) for who, numbers in before.items()}
