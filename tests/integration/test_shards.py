@@ -16,6 +16,9 @@ import pytest
 from standalone import Run, wait_for
 from suite import Suite, suite
 
+from seamark.protocol.messages import CoordinatorStatus, MemberStatus
+from seamarkd.cli.status import ask_one
+
 pytestmark = pytest.mark.suite
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "infer_shards.py"
@@ -61,30 +64,30 @@ class Inference(Run):
         datasets = json.loads(self.suite.command("manifest", self.name))["datasets"]
         return list(datasets[0]["shards"]) if datasets else []
 
-    def job(self) -> dict[str, Any]:
-        """As ``seamark status`` has it."""
-        coordinator = self.suite.status()["coordinator"]
-        jobs = coordinator["jobs"] if coordinator else []
-        return next((job for job in jobs if job["job"] == self.name), {})
+    def status(self) -> CoordinatorStatus | None:
+        """The coordinator's; None while there is none."""
+        answer = ask_one(self.env["SEAMARK_COORDINATOR_ADDRESS"], CoordinatorStatus)
+        return None if isinstance(answer, str) else answer
 
     def done(self, count: int) -> None:
         """Waits until so many shards are done."""
 
         def reached() -> bool:
             self.check_alive()
-            datasets = self.job().get("datasets")
-            return bool(datasets) and datasets[0]["done"] >= count
+            status = self.status()
+            jobs = [job for job in status.jobs if job.job == self.name] if status else []
+            return any(dataset.done >= count for job in jobs for dataset in job.datasets)
 
         wait_for(f"{count} shards to be done", reached, 60.0)
 
-    def ranks(self) -> dict[int, dict[str, Any]]:
+    def ranks(self) -> dict[int, MemberStatus]:
         """The living ranks."""
-        members = self.suite.status()["coordinator"]["members"].get(self.name, [])
-        return {one["rank"]: one for one in members if one["alive"]}
+        status = self.status()
+        return {one.rank: one for one in status.members.get(self.name, []) if one.alive} if status else {}
 
     def kill(self, rank: int, signum: int = signal.SIGKILL) -> None:
         """A signal, to a rank that is there."""
-        pid = wait_for(f"rank {rank}", lambda: self.ranks().get(rank))["pid"]
+        pid = wait_for(f"rank {rank}", lambda: self.ranks().get(rank)).pid
         os.kill(pid, signum)
 
     def merged(self) -> dict[str, Any]:
@@ -112,20 +115,19 @@ def test_the_undisturbed_run_leaves_out_the_poisoned_batch_alone(undisturbed: di
 def test_kills_poison_oom_a_drained_node_and_a_coordinator_change_nothing_in_the_output(
     two: Suite, inputs: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = Inference(two, tmp_path, "hurt", inputs, "--pause", "0.3", "--drill-oom", "2")
+    run = Inference(two, tmp_path, "hurt", inputs, "--pause", "0.5", "--drill-oom", "2")
     try:
         run.done(1)
-        before = run.ranks()
         run.kill(1)
         run.done(3)
         run.kill(0)
         run.done(4)
         two.kill("coordinator")
         run.done(6)
-        node = run.ranks()[3]["node"]
+        node = run.ranks()[3].node
         two.command("drain", node, "--reason", "a drill")
         run.done(8)
-        assert {one["node"] for one in run.ranks().values()} == {before[0]["node"]} or node == before[0]["node"]
+        assert node not in {one.node for one in run.ranks().values()}
         two.command("undrain", node)
         assert run.finish() == 0, run.text() + two.logs()
         assert run.merged() == undisturbed
@@ -147,10 +149,10 @@ def test_kills_poison_oom_a_drained_node_and_a_coordinator_change_nothing_in_the
 def test_a_coordinator_whose_host_goes_away_leaves_the_rest_for_its_next_start(
     two: Suite, inputs: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = Inference(two, tmp_path, "moved", inputs, "--pause", "0.3")
+    run = Inference(two, tmp_path, "moved", inputs, "--pause", "0.5")
     try:
         run.done(2)
-        pids = [one["pid"] for one in run.ranks().values()]
+        pids = [one.pid for one in run.ranks().values()]
         coordinator = psutil.Process(two.programs()["coordinator"].pid)
         coordinator.send_signal(signal.SIGTERM)
         wait_for("its end", lambda: not coordinator.is_running(), 45.0)
