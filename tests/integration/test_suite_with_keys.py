@@ -289,6 +289,20 @@ def test_daemons_whose_keys_are_missing_are_not_started_and_it_is_said_what_to_d
     assert "nothing is running" in made.command("down")
 
 
+def test_without_an_operator_s_key_the_daemons_are_stopped_and_the_jobs_left(tmp_path: Path) -> None:
+    made = Suite(tmp_path / "s", agents=1, keys=True)
+    try:
+        made.up()
+        (made.keys / "operator.key").rename(tmp_path / "operator.key")
+        said = made.command("down")
+        assert "there is no key of role operator" in said
+        assert "its jobs are left as they are" in said
+        assert "stopped: supervisord" in said
+    finally:
+        made.command("down", code=None)
+    wait_for("its processes to end", lambda: not descendants_of(str(made.home)), 20.0)
+
+
 @pytest.mark.parametrize("daemon", ["lighthouse", "coordinator", "agent"])
 def test_a_daemon_without_its_key_ends_with_78(tmp_path: Path, daemon: str) -> None:
     made = Suite(tmp_path / "s")
