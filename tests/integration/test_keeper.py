@@ -216,6 +216,51 @@ def torch_keeper() -> Iterator[TorchKeeper]:
     shutil.rmtree(shared.directory)
 
 
+# -- before the script ---------------------------------------------------------------------------------------
+
+
+def test_a_long_look_at_checkpoints_holds_up_nobody_else(directory: Path) -> None:
+    """Two gigabytes to hash, of zeros that take no room."""
+    checkpoints = directory / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "step_00000001.pt").touch()
+    os.truncate(checkpoints / "step_00000001.pt", 2 << 30)
+    marker = {"format": 1, "size": 2 << 30, "sha256": "0" * 64}
+    (checkpoints / "step_00000001.done").write_text(json.dumps(marker))
+    watched = {"SEAMARK_CHECKPOINT_DIR": str(checkpoints), "SEAMARK_CHECKPOINT_SECONDS": "600"}
+
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            script = session.script("print('begins', flush=True)")
+            await session.start("slow", script, env=watched)
+            exited, printed = await session.run("quick", script)
+            assert (exited.slot, exited.status, printed) == ("quick", 0, "begins\n")
+            slow = await session.next_exit()
+            assert (slow.slot, slow.status) == ("slow", 0)
+            *said, begins = session.log("slow").read_text().splitlines()
+            assert begins == "begins"
+            assert [line.split(":")[:2] for line in said] == [
+                ["seamark", " Renamed step_00000001.pt to step_00000001.pt.quarantined"],
+                ["seamark", f" {checkpoints} holds no valid checkpoint."],
+            ]
+
+    play(scenario())
+
+
+@pytest.mark.parametrize(
+    "more", [{"SEAMARK_CHECKPOINT_DIR": "/dev/null"}, {"PYTHONPATH": ""}, {"SEAMARK_CHECKPOINT_SECONDS": "soon"}]
+)
+def test_no_disorder_of_checkpoints_keeps_a_script_from_its_start(directory: Path, more: dict[str, str]) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            env = {"SEAMARK_CHECKPOINT_DIR": str(directory), "SEAMARK_CHECKPOINT_SECONDS": "5", **more}
+            exited, printed = await session.run("worker", session.script("print('begins')"), env=env)
+            assert exited.status == 0
+            assert printed.endswith("begins\n")
+
+    play(scenario())
+
+
 # -- exits ---------------------------------------------------------------------------------------------------
 
 ENDINGS = {

@@ -65,6 +65,9 @@ PROGRESS_FD = "SEAMARK_PROGRESS_FD"
 PROGRESS_DISCARDED = 8 * 13  # bytes from its beginning
 PROGRESS_NAME = "seamark-progress"
 PROGRESS_BYTES = 4096
+# As seamark.environment names them.
+CHECKPOINT_DIR = "SEAMARK_CHECKPOINT_DIR"
+CHECKPOINT_SECONDS = "SEAMARK_CHECKPOINT_SECONDS"
 
 # torch._dynamo is what the first DistributedDataParallel imports anyway, at a cost of seconds.
 PRELOAD = ("numpy", "torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "seamark.inprocess.wrapper")
@@ -248,6 +251,7 @@ class Worker:
             os.chdir(self.cwd)
         except OSError as error:
             sys.exit(f"can't enter the working directory {self.cwd}: {error.strerror}")
+        prepare_checkpoints()
         use_threads(self.num_threads)
         sys.argv = list(self.argv)
         sys.orig_argv = self.command_line()
@@ -311,6 +315,24 @@ class Store:
 
 
 Task = Worker | Store
+
+
+def prepare_checkpoints() -> None:
+    """Have the directory of checkpoints put in order, here, where it holds up no other process.
+
+    Whatever comes of it the script starts: a directory in disorder is nobody's failed attempt.
+    """
+    directory, seconds = os.environ.get(CHECKPOINT_DIR), os.environ.get(CHECKPOINT_SECONDS)
+    if not directory or not seconds:
+        return
+    try:
+        report = importlib.import_module("seamark.checkpoints").prepare(directory, seconds=float(seconds))
+    except (ModuleNotFoundError, AttributeError):
+        return  # the job's interpreter needn't have Seamark, or this version of it
+    except (OSError, ValueError) as error:
+        report = [f"{directory} can't be put in order: {error}"]
+    for sentence in report:
+        print(f"seamark: {sentence}", file=sys.stderr, flush=True)
 
 
 def prepare_main(main: ModuleType, names: dict[str, Any]) -> None:

@@ -356,11 +356,13 @@ class AgentShell:
         assert roster is not None
         slot = next(slot for slot in roster.slots if slot.member == order.member)
         path = kept.logs[order.incarnation] = log_path(roster.spec, slot)
+        digests = self._memory.digests(order.job)
         held = await keeper.start_worker(
             order.member,
             order.incarnation,
             roster.spec.argv,
-            env=self._lighthouse_environment | environment(roster, slot, order.incarnation, self._wires.address),
+            env=self._lighthouse_environment
+            | environment(roster, slot, order.incarnation, self._wires.address, digests),
             cwd=roster.spec.cwd,
             log=str(path),
             num_threads=threads_per_worker(roster.spec),

@@ -18,8 +18,14 @@ TAIL_LINES = 20
 TAIL_BYTES = 16_384
 
 
-def environment(roster: Roster, slot: Slot, incarnation: str, address: str) -> dict[str, str]:
-    """The variables of one worker: the job's, torchrun's, and ours."""
+def environment(roster: Roster, slot: Slot, incarnation: str, address: str, digests: Path) -> dict[str, str]:
+    """The variables of one worker: the job's, torchrun's, and ours.
+
+    Args:
+        roster, slot, incarnation: which worker.
+        address: the agent's door.
+        digests: where this node's processes write down which checkpoints they have hashed.
+    """
     spec = roster.spec
     local_world_size = sum(other.node == slot.node for other in roster.slots)
     env = dict(spec.env)
@@ -49,6 +55,9 @@ def environment(roster: Roster, slot: Slot, incarnation: str, address: str) -> d
         env[SHARED_STATE] = roster.state
     if spec.checkpoint_dir:
         env[names.CHECKPOINT_DIR] = spec.checkpoint_dir
+        env[names.CHECKPOINT_DIGESTS] = str(digests)
+        # The other half is for the script's own start.
+        env[names.CHECKPOINT_SECONDS] = str(roster.join_timeout / 2)
     return env
 
 
