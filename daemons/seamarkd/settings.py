@@ -73,10 +73,12 @@ class PathSettings(msgspec.Struct, frozen=True):
 
 
 class LogSettings(msgspec.Struct, frozen=True):
-    """What the daemons log, and in which form."""
+    """What the daemons log, and in which form; how much of the workers' output is kept."""
 
     level: str = "info"
     format: str = "text"
+    worker_max_bytes: int = 67_108_864
+    worker_generations: int = 4
 
 
 class SecuritySettings(msgspec.Struct, frozen=True):
@@ -126,6 +128,11 @@ KEYS: dict[str, msgspec.structs.FieldInfo] = {
     f"{section}.{field.name}": field for section, kind in SECTIONS.items() for field in msgspec.structs.fields(kind)
 }
 LIMITS = {"lighthouse.beat_interval": (0.02, 10.0), "lighthouse.agent_grace": (1.0, 3_600.0)}
+COUNTS = {
+    "agent.slots": (0, 65_535, "0 (automatic) or a number of slots up to 65535"),
+    "log.worker_max_bytes": (1 << 20, 1 << 40, "a number of bytes from 1048576 (1 MiB) to 1099511627776 (1 TiB)"),
+    "log.worker_generations": (1, 1_000, "a number of generations from 1 to 1000"),
+}
 ADDRESSES = ("lighthouse.address", "lighthouse.events", "coordinator.address")
 TYPE_NAMES = {str: "text in quotes", int: "a whole number", bool: "true or false", float: "a number of seconds"}
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
@@ -223,7 +230,7 @@ def _parsed(key: str, text: str) -> object:
         return BOOLEANS.get(text.lower(), text)
     if kind is float:
         return float(text) if SECONDS.fullmatch(text) else text
-    if kind is int and text.isascii() and text.isdigit() and len(text) < 10:
+    if kind is int and text.isascii() and text.isdigit() and len(text) < 16:
         return int(text)
     return text
 
@@ -250,8 +257,8 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
                 wrong.append((key, "must not be empty: the name or address under which others reach this host"))
             elif not _is_loopback(str(value)):
                 off_loopback.append(key)
-        elif key == "agent.slots" and not 0 <= int(str(value)) <= 65_535:
-            wrong.append((key, f"must be 0 (automatic) or a number of slots up to 65535, not {value}"))
+        elif key in COUNTS and not COUNTS[key][0] <= int(str(value)) <= COUNTS[key][1]:
+            wrong.append((key, f"must be {COUNTS[key][2]}, not {value}"))
         elif key in LIMITS and not LIMITS[key][0] <= float(str(value)) <= LIMITS[key][1]:
             wrong.append((key, f"must be from {LIMITS[key][0]:g} to {LIMITS[key][1]:g} seconds, not {value}"))
         elif key.startswith("paths.") and value and not os.path.isabs(str(value)):

@@ -9,6 +9,7 @@ import click
 import zmq
 
 from seamarkd import daemon
+from seamarkd.agent.logfiles import LogLimits
 from seamarkd.agent.shell import AgentShell
 from seamarkd.agent.wires import NotThisHostError
 from seamarkd.cli.exit_codes import TERMINATED
@@ -68,6 +69,7 @@ def command(
             host=chosen.agent.host,
             epoch=next_epoch(directory / "epoch"),
             linger=LINGER,
+            logs=LogLimits(chosen.log.worker_max_bytes, chosen.log.worker_generations),
         )
         try:
             await shell.start()

@@ -18,7 +18,7 @@ from msgspec import Struct, field
 
 from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS, STORE_OFFSET
 from seamark.progress import ProgressPage
-from seamark.protocol.messages import JobProgress, StoreAddress
+from seamark.protocol.messages import JobProgress, JobSpec, StoreAddress
 from seamarkd.agent.core import (
     Agent,
     Effect,
@@ -37,11 +37,12 @@ from seamarkd.agent.core import (
 from seamarkd.agent.hang import HangWatch, Reading
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
 from seamarkd.agent.keeper_client import Process as KeeperProcess
+from seamarkd.agent.logfiles import LogLimits, LogWatch, log_path, log_tail, remove_outdated
 from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.ports import PortsTaken, candidates
 from seamarkd.agent.watch import DeathWatch, How, is_stopped
 from seamarkd.agent.wires import Wires
-from seamarkd.agent.workers import environment, log_path, log_tail, runs_since, threads_per_worker
+from seamarkd.agent.workers import environment, runs_since, threads_per_worker
 from seamarkd.exits import PREEMPTION_GRACE
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class AgentShell:
         host: the address under which other nodes reach this one.
         epoch: rises with every start of this node's agent; its keepers obey the highest.
         linger: seconds its keepers wait for another agent when this one is gone; None for ever.
+        logs: how much of the workers' output is kept.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class AgentShell:
         host: str,
         epoch: int,
         linger: float | None,
+        logs: LogLimits = LogLimits(),  # noqa: B008 - frozen
     ) -> None:
         self.core = Agent(node, lambda: secrets.token_hex(8))
         self._run_directory = run_directory
@@ -129,6 +132,8 @@ class AgentShell:
         self._epoch = epoch
         self._linger = linger
         self._memory = Memory(run_directory / "jobs")
+        self._log_limits = logs
+        self._log_watch = LogWatch(logs.max_bytes)
         self._draining = run_directory / "draining"
         if self._draining.exists():
             self.core.drain(self._draining.read_text())
@@ -181,6 +186,7 @@ class AgentShell:
     def close(self) -> None:
         """Stops serving; workers and keepers live on, for the next start of this agent."""
         self._wires.close()
+        self._log_watch.close()
         for task in self._tasks:
             task.cancel()
         for kept in self._kept.values():
@@ -228,11 +234,12 @@ class AgentShell:
         roster = job.roster
         if roster is not None:
             kept.logs = {
-                worker.incarnation: log_path(roster.spec, slot)
+                worker.incarnation: log_path(roster.spec, slot, worker.generation)
                 for worker in (*job.workers.values(), *job.exited.values())
                 for slot in roster.slots
                 if slot.member == worker.member
             }
+            self._watch_logs(job.name)
         known = {held.process.incarnation: (held.process.pid, held.process.forked_at) for held in processes}
         self._perform(self.core.adopt(time.monotonic(), job, known))
         for held in ended:
@@ -327,13 +334,15 @@ class AgentShell:
 
     async def _spawn_keeper(self, job: str, socket: str) -> KeeperClient:
         spec = self.core.spec(job)
+        keeper_log, _ = _other_logs(spec)
+        self._watch_logs(job)
         keeper = await KeeperClient.spawn(
             spec.python,
             socket,
             job=job,
             env=spec.env,
             cwd=spec.cwd,
-            log=str(Path(spec.log_dir) / "keeper.log"),
+            log=str(keeper_log),
             epoch=self._epoch,
             on_exited=lambda process: self._exited(job, process),
             on_closed=lambda why: self._lost_keeper(job, why),
@@ -355,7 +364,9 @@ class AgentShell:
         roster = self.core.jobs[order.job].roster
         assert roster is not None
         slot = next(slot for slot in roster.slots if slot.member == order.member)
-        path = kept.logs[order.incarnation] = log_path(roster.spec, slot)
+        path = kept.logs[order.incarnation] = log_path(roster.spec, slot, roster.generation)
+        remove_outdated(path, self._log_limits.generations)
+        self._watch_logs(order.job)
         digests = self._memory.digests(order.job)
         held = await keeper.start_worker(
             order.member,
@@ -377,6 +388,9 @@ class AgentShell:
         kept.processes[order.incarnation] = Process(held, page, watch)
         pid, forked_at = held.process.pid, held.process.forked_at
         self._perform(self.core.worker_started(time.monotonic(), order.job, order.incarnation, pid, forked_at))
+
+    def _watch_logs(self, job: str) -> None:
+        self._log_watch.watch(job, (*_other_logs(self.core.spec(job)), *self._kept[job].logs.values()))
 
     def _watch(self, job: str, held: Held, page: ProgressPage) -> DeathWatch:
         incarnation = held.process.incarnation
@@ -477,6 +491,7 @@ class AgentShell:
     async def _listen(self, keeper: KeeperClient, order: StartStore) -> KeeperProcess:
         """Starts the store on the first free pair of ports."""
         spec = self.core.spec(order.job)
+        _, store_log = _other_logs(spec)
         again = self.core.jobs[order.job].master_port
         for port in [again] if again else candidates(self._host, order.fixed):
             try:
@@ -486,7 +501,7 @@ class AgentShell:
                     host=self._host,
                     port=port + STORE_OFFSET,
                     env=spec.env,
-                    log=str(Path(spec.log_dir) / "store.log"),
+                    log=str(store_log),
                 )
             except KeeperError as error:
                 if error.code != "port_in_use":
@@ -508,6 +523,7 @@ class AgentShell:
             await self._end_job(order.job, kept, order.grace, final=order.final)
             if order.final:
                 self._kept.pop(order.job, None)
+                self._log_watch.watch(order.job, ())
         self._perform(self.core.stopped(time.monotonic(), order.job))
 
     async def _end_job(self, job: str, kept: Kept, grace: float, *, final: bool = True) -> None:
@@ -553,6 +569,11 @@ class AgentShell:
                     grace = reading.timeouts.grace
                     self._perform(self.core.hangs(now, name, incarnation, reading.iteration, verdict, grace))
         return HANG_INTERVAL
+
+
+def _other_logs(spec: JobSpec) -> tuple[Path, Path]:
+    """Of a job's keeper and of its TCPStore service."""
+    return Path(spec.log_dir) / "keeper.log", Path(spec.log_dir) / "store.log"
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""What a worker process is given: its environment, its log file, its share of the cores."""
+"""What a worker process is given: its environment, its share of the cores."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from seamark.store.state_dict import ENVIRONMENT as SHARED_STATE
 
 START_TOLERANCE = 1.0
 """Seconds; the kernel keeps the start of a process in hundredths."""
-TAIL_LINES = 20
-TAIL_BYTES = 16_384
 
 
 def environment(roster: Roster, slot: Slot, incarnation: str, address: str, digests: Path) -> dict[str, str]:
@@ -77,20 +75,3 @@ def runs_since(pid: int, started_at: float) -> bool:
     except psutil.NoSuchProcess:
         return False
     return abs(time.monotonic() - age - started_at) < START_TOLERANCE
-
-
-def log_path(spec: JobSpec, slot: Slot) -> Path:
-    """The log file of a rank; a replacement appends to it."""
-    return Path(spec.log_dir) / f"rank_{slot.rank}.log"
-
-
-def log_tail(path: Path) -> list[str]:
-    """The last lines of a log file; empty if there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return []
-    return text.splitlines()[-TAIL_LINES:]

@@ -44,17 +44,13 @@ def why(job: str | None, number: int | None, as_json: bool, config: Path | None)
       seamark why train_bytes-3f2a --incident 2
     """
     home = state_directory() / "standalone"
-    directory = home / job if job else _latest(home)
-    try:
-        if directory is not None and (directory / "manifest.db").exists():
-            job = directory.name
-            address = directory / ADDRESS_FILE
-            running = _ask(address.read_text(), job) if address.exists() else None
-            summary, incidents = running or _read(directory / "manifest.db", job)
-        elif job is not None:
-            summary, incidents = _of_the_suite(load(config, os.environ, {}), job)
-        else:
+    if job is None:
+        directory = _latest(home)
+        if directory is None:
             raise click.UsageError(f"which JOB? There is no standalone job in {home}")
+        job = directory.name
+    try:
+        summary, incidents = _of(job, config)
     except RefusedError as error:
         known = ", ".join(sorted(path.name for path in home.glob("*") if path.is_dir())) or "none"
         raise click.UsageError(f"{error}; standalone jobs in {home}: {known}") from None
@@ -67,6 +63,25 @@ def why(job: str | None, number: int | None, as_json: bool, config: Path | None)
         return 0
     show(Console(), job, summary, incidents, every_rank=number is not None)
     return 0
+
+
+def incidents_of(job: str, config: Path | None) -> list[Incident]:
+    """What happened to a job, standalone or of the suite, from its coordinator or from what that left.
+
+    Raises:
+        RefusedError: there is no such job.
+        SettingsError: the configuration is invalid.
+    """
+    return _of(job, config)[1]
+
+
+def _of(job: str, config: Path | None) -> tuple[str, list[Incident]]:
+    directory = state_directory() / "standalone" / job
+    if not (directory / "manifest.db").exists():
+        return _of_the_suite(load(config, os.environ, {}), job)
+    address = directory / ADDRESS_FILE
+    running = _ask(address.read_text(), job) if address.exists() else None
+    return running or _read(directory / "manifest.db", job)
 
 
 def _of_the_suite(settings: Settings, job: str) -> tuple[str, list[Incident]]:
