@@ -261,6 +261,27 @@ def test_no_disorder_of_checkpoints_keeps_a_script_from_its_start(directory: Pat
     play(scenario())
 
 
+@pytest.mark.parametrize("more", [{}, FORCE_EXEC])
+def test_a_worker_is_bound_before_its_script_and_others_are_not(directory: Path, more: dict[str, str]) -> None:
+    script = "import os; print(sorted(os.sched_getaffinity(0)))"
+    all_of_them = sorted(os.sched_getaffinity(0))
+
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            for slot, cpus, expected in (
+                ("one", all_of_them[-1:], all_of_them[-1:]),
+                ("all", (), all_of_them),
+                # Such a one is taken away by nobody but an operator, and then a rank runs slower and does run.
+                ("gone", (65_535,), all_of_them),
+            ):
+                exited, printed = await session.run(slot, session.script(script), env=more, cpus=cpus)
+                assert (exited.status, exited.forked) == (0, not more)
+                assert printed.splitlines()[-1] == str(expected)
+            assert "seamark: can't be bound to processors [65535]: Invalid argument" in printed
+
+    play(scenario())
+
+
 # -- exits ---------------------------------------------------------------------------------------------------
 
 ENDINGS = {

@@ -27,6 +27,8 @@ Duration = Annotated[float, Meta(ge=0.0, le=1e9)]
 Moment = Annotated[float, Meta(ge=-1.0, le=1e12)]
 Policy = Literal["replace", "any-failed", "min-healthy"]
 WorkerGroup = Literal["node", "rank"]
+CpuBinding = Literal["none", "node", "socket", "exclusive", "core-complex"]
+GpuBinding = Literal["none", "single"]
 
 ANSWER_EVERY = 5
 """The lighthouse answers one of so many beats of a known node, and all of a stranger's: half a beat is its answer."""
@@ -97,6 +99,10 @@ class JobSpec(Part, frozen=True):
     """Modules that each node imports once, before it forks workers."""
     worker_group: WorkerGroup = "node"
     """What policy ``min-healthy`` counts: nodes all of whose workers are well, or ranks."""
+    cpu_binding: CpuBinding = "none"
+    """Which processors of its node each rank gets; torchrun's words."""
+    gpu_binding: GpuBinding = "none"
+    """``single``: each rank sees the GPU of its local rank alone."""
 
     @property
     def min_ranks(self) -> int:

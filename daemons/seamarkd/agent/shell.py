@@ -42,7 +42,7 @@ from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.ports import PortsTaken, candidates
 from seamarkd.agent.watch import DeathWatch, How, is_stopped
 from seamarkd.agent.wires import Wires
-from seamarkd.agent.workers import environment, runs_since, threads_per_worker
+from seamarkd.agent.workers import cpus, environment, runs_since, threads_per_worker
 from seamarkd.exits import PREEMPTION_GRACE
 
 log = logging.getLogger(__name__)
@@ -378,6 +378,7 @@ class AgentShell:
             log=str(path),
             num_threads=threads_per_worker(roster.spec),
             module=roster.spec.module,
+            cpus=cpus(roster, slot),
         )
         if held.process.status is not None or order.incarnation in kept.ended or order.incarnation in kept.processes:
             kept.ended.discard(order.incarnation)

@@ -11,6 +11,7 @@ import psutil
 from seamark import environment as names
 from seamark.protocol.messages import JobSpec, Roster, Slot
 from seamark.store.state_dict import ENVIRONMENT as SHARED_STATE
+from seamarkd.agent.binding import VISIBLE_DEVICES, cpu_sets, host_topology, single_gpu, visible
 
 START_TOLERANCE = 1.0
 """Seconds; the kernel keeps the start of a process in hundredths."""
@@ -49,6 +50,8 @@ def environment(roster: Roster, slot: Slot, incarnation: str, address: str, dige
         names.NODE: slot.node,
         names.MIN_WORLD_SIZE: str(roster.min_members),
     }
+    if spec.gpu_binding == "single":
+        env[VISIBLE_DEVICES] = single_gpu(spec.env, slot.local_rank)
     if roster.state:
         env[SHARED_STATE] = roster.state
     if spec.checkpoint_dir:
@@ -65,6 +68,16 @@ def threads_per_worker(spec: JobSpec) -> int:
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
     return max(1, (os.cpu_count() or 1) // spec.nproc_per_node)
+
+
+def cpus(roster: Roster, slot: Slot) -> list[int]:
+    """The processors that a worker is bound to; none where it is not."""
+    spec = roster.spec
+    if spec.cpu_binding == "none":
+        return []
+    local_ranks = [other.local_rank for other in roster.slots if other.node == slot.node]
+    topology = visible(host_topology(), spec.env)
+    return sorted(cpu_sets(topology, max(local_ranks) + 1, spec.cpu_binding)[slot.local_rank])
 
 
 def runs_since(pid: int, started_at: float) -> bool:

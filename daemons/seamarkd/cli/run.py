@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 import click
 from rich.console import Console
@@ -18,7 +19,17 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from seamark.protocol.messages import FollowJob, JobSpec, JobStatus, Message, Refused, StopJob, SubmitJob
+from seamark.protocol.messages import (
+    CpuBinding,
+    FollowJob,
+    GpuBinding,
+    JobSpec,
+    JobStatus,
+    Message,
+    Refused,
+    StopJob,
+    SubmitJob,
+)
 from seamarkd.agent.keeper import PRELOAD
 from seamarkd.cli.exit_codes import ABORTED, CONFIGURATION, FAILED, INTERRUPTED, SUCCEEDED, TERMINATED
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
@@ -114,6 +125,23 @@ class NodeRange(click.ParamType[tuple[int, int]]):
     "Add your script's slow modules; none for nothing.",
 )
 @click.option(
+    "--cpu-binding",
+    type=click.Choice(get_args(CpuBinding)),
+    default="none",
+    show_default=True,
+    help="Which processors each rank is bound to, as with torchrun --numa-binding: all of its GPU's NUMA node (node), "
+    "all of that node's socket, its own share of the node's cores (exclusive), or the cores of one last-level cache "
+    "(core-complex). Ranks without a GPU are spread over the nodes.",
+)
+@click.option(
+    "--gpu-binding",
+    type=click.Choice(get_args(GpuBinding)),
+    default="none",
+    show_default=True,
+    help="single: each rank sees only the GPU of its local rank (CUDA_VISIBLE_DEVICES), which is its cuda:0. "
+    "none: all see all, as under torchrun.",
+)
+@click.option(
     "--python", default=sys.executable, help="The workers' interpreter; by default the one that runs seamark."
 )
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as in python -m.")
@@ -135,6 +163,8 @@ def run(
     master_port: int | None,
     join_timeout: float,
     preload: str,
+    cpu_binding: CpuBinding,
+    gpu_binding: GpuBinding,
     python: str,
     module: bool,
     attach: str | None,
@@ -193,6 +223,8 @@ def run(
         join_timeout=join_timeout,
         preload=_modules(preload),
         worker_group=worker_group,  # type: ignore[arg-type]
+        cpu_binding=cpu_binding,
+        gpu_binding=gpu_binding,
     )
     if chosen is not None:
         with Operator(chosen.coordinator.address) as operator:
