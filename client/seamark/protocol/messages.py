@@ -219,6 +219,7 @@ class NodeHello(Message, frozen=True):
     """An agent introduces its node. ``address`` is where the lighthouse may knock, to see whether the host lives.
 
     ``draining`` says why no worker is to be placed there, and those that are there leave; empty for a node that serves.
+    ``unhealthy`` says why no job is to be placed there, although what runs there goes on.
     """
 
     type_id = 1
@@ -230,6 +231,7 @@ class NodeHello(Message, frozen=True):
     slots: Count
     software: Short = ""
     draining: Short = ""
+    unhealthy: Short = ""
 
 
 class DrainNode(Message, frozen=True):
@@ -1005,6 +1007,7 @@ class NodeStatus(Part, frozen=True):
     slots: Count
     used: Count
     draining: Short = ""
+    unhealthy: Short = ""
 
 
 class MemberStatus(Part, frozen=True):

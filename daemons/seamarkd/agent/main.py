@@ -9,6 +9,7 @@ import click
 import zmq
 
 from seamarkd import daemon
+from seamarkd.agent.health import HealthChecks
 from seamarkd.agent.logfiles import LogLimits
 from seamarkd.agent.shell import AgentShell
 from seamarkd.agent.wires import NotThisHostError
@@ -70,6 +71,12 @@ def command(
             epoch=next_epoch(directory / "epoch"),
             linger=LINGER,
             logs=LogLimits(chosen.log.worker_max_bytes, chosen.log.worker_generations),
+            health=HealthChecks(
+                tuple(chosen.agent.health_checks),
+                chosen.agent.health_interval,
+                chosen.agent.health_timeout,
+                (chosen.state_directory, directory),
+            ),
         )
         try:
             await shell.start()

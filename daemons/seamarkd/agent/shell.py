@@ -20,6 +20,7 @@ from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS, STORE_OFF
 from seamark.progress import ProgressPage
 from seamark.protocol.messages import JobProgress, JobSpec, StoreAddress
 from seamarkd.agent.core import (
+    UNCHECKED,
     Agent,
     Effect,
     EndWorker,
@@ -35,6 +36,7 @@ from seamarkd.agent.core import (
     WatchWorker,
 )
 from seamarkd.agent.hang import HangWatch, Reading
+from seamarkd.agent.health import HealthChecks, probe, summary
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
 from seamarkd.agent.keeper_client import Process as KeeperProcess
 from seamarkd.agent.logfiles import LogLimits, LogWatch, log_path, log_tail, remove_outdated
@@ -109,6 +111,7 @@ class AgentShell:
         epoch: rises with every start of this node's agent; its keepers obey the highest.
         linger: seconds its keepers wait for another agent when this one is gone; None for ever.
         logs: how much of the workers' output is kept.
+        health: what is checked before this node takes workers.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class AgentShell:
         epoch: int,
         linger: float | None,
         logs: LogLimits = LogLimits(),  # noqa: B008 - frozen
+        health: HealthChecks = HealthChecks(),  # noqa: B008 - frozen
     ) -> None:
         self.core = Agent(node, lambda: secrets.token_hex(8))
         self._run_directory = run_directory
@@ -135,6 +139,10 @@ class AgentShell:
         self._log_limits = logs
         self._log_watch = LogWatch(logs.max_bytes)
         self._draining = run_directory / "draining"
+        self._health = health
+        self._check_now = asyncio.Event()
+        if health.checks:
+            self.core.begin_checks()
         if self._draining.exists():
             self.core.drain(self._draining.read_text())
         self._loop = asyncio.get_running_loop()
@@ -164,6 +172,8 @@ class AgentShell:
         await self._wires.start(self._host, self._slots)
         self._wires.repeat(self._report_progress)
         self._wires.repeat(self._look_for_hangs)
+        if self._health.checks:
+            self._spawn(self._check_health())
 
     async def leave(self, why: str) -> None:
         """This host goes away: its workers are asked to end, and as soon as they have, it serves no longer."""
@@ -279,6 +289,8 @@ class AgentShell:
                     self._spawn(self._end_worker(job, incarnation, grace))
                 case Introduce():
                     self._keep_draining()
+                    if self.core.unhealthy == UNCHECKED:
+                        self._check_now.set()
                 case StartKeeper():
                     self._spawn(self._start_keeper(effect))
                 case StartStore():
@@ -299,6 +311,24 @@ class AgentShell:
                 self._draining.unlink(missing_ok=True)
         except OSError as error:
             log.error("can't write down that this node drains: %s", error)
+
+    async def _check_health(self) -> None:
+        """At the start, after each ``undrain``, and from time to time."""
+        while True:
+            self._check_now.clear()
+            try:
+                problem = summary(await probe(self._health.checks, self._health.directories, self._health.timeout))
+            except OSError as error:
+                problem = f"its health checks can't be run: {error}"
+            if not self._check_now.is_set():
+                before = self.core.unhealthy
+                self._perform(self.core.checked(problem))
+                if problem and problem != before:
+                    log.error("this node takes no more jobs: %s", problem)
+                elif before and not problem:
+                    log.info("this node's health checks pass")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._check_now.wait(), self._health.interval)
 
     def _remember(self, name: str) -> None:
         job = self.core.jobs.get(name)
