@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import tomllib
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class CoordinatorSettings(msgspec.Struct, frozen=True):
 class AgentSettings(msgspec.Struct, frozen=True):
     """This node: its name (empty: the host's), its slots (0: automatic), the host under which others reach it.
 
-    Its health checks (names of Seamark's own, or executables); seconds between two rounds, and for each check.
+    Its health checks (names of Seamark's own, or executables); seconds between two rounds, and for each check. A file
+    that appears, or a page that says so, when this host is about to be taken away (empty: none).
     """
 
     node: str = ""
@@ -70,6 +72,7 @@ class AgentSettings(msgspec.Struct, frozen=True):
     health_checks: list[str] = []
     health_interval: float = 60.0
     health_timeout: float = 30.0
+    preemption_notice: str = ""
 
 
 class PathSettings(msgspec.Struct, frozen=True):
@@ -291,6 +294,8 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
             wrong.append((key, f"must be from {LIMITS[key][0]:g} to {LIMITS[key][1]:g} seconds, not {value}"))
         elif key.startswith("paths.") and value and not os.path.isabs(str(value)):
             wrong.append((key, f"must be an absolute path, not {value}"))
+        elif key == "agent.preemption_notice" and value and not os.path.isabs(str(value)) and not is_url(str(value)):
+            wrong.append((key, f"must be the absolute path of a file or an http:// address, not {value}"))
         elif key in ("log.level", "log.format"):
             choices = LEVELS if key == "log.level" else FORMATS
             if value not in choices:
@@ -305,6 +310,15 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
     if values["security.insecure"] is not True:
         wrong += [(key, f"{values[key]} {OFF_LOOPBACK}") for key in off_loopback]
     return wrong
+
+
+def is_url(text: str) -> bool:
+    """Whether this is the address of a page: http or https, with a host."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # of the port, or of brackets
+        return False
 
 
 def _is_a(value: object, kind: Any) -> bool:

@@ -103,6 +103,28 @@ def test_health_checks_that_are_none_are_refused(tmp_path: Path, text: str, prob
     assert problem in said
 
 
+@pytest.mark.parametrize(
+    ("notice", "valid"),
+    [
+        ("/run/preempted", True),
+        ("http://169.254.169.254/latest/meta-data/spot/instance-action", True),
+        ("https://metadata:8080/x", True),
+        ("preempted", False),
+        ("ftp://host/x", False),
+        ("http://", False),
+        ("http://host:port/", False),
+        ("http://[::1/", False),
+    ],
+)
+def test_a_preemption_notice_is_a_file_or_a_page(notice: str, valid: bool) -> None:
+    environ = {"SEAMARK_AGENT_PREEMPTION_NOTICE": notice}
+    if valid:
+        assert load(None, environ, {}).agent.preemption_notice == notice
+    else:
+        (said,) = problems(None, environ)
+        assert said.startswith("SEAMARK_AGENT_PREEMPTION_NOTICE: agent.preemption_notice: must be the absolute path")
+
+
 def test_health_checks_from_the_file_and_from_the_environment(tmp_path: Path) -> None:
     path = written(tmp_path, '[agent]\nhealth_checks = ["gpu", "/etc/fabric"]\n')
     assert load(path, {}, {}).agent.health_checks == ["gpu", "/etc/fabric"]
