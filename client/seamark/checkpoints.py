@@ -485,7 +485,7 @@ def _alone(path: Path) -> Iterator[bool]:
     try:
         # For writing: network file systems lock nothing else exclusively.
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         yield False
         return
     try:

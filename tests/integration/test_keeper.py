@@ -220,13 +220,12 @@ def torch_keeper() -> Iterator[TorchKeeper]:
 
 
 def test_a_long_look_at_checkpoints_holds_up_nobody_else(directory: Path) -> None:
-    """Two gigabytes to hash, of zeros that take no room."""
+    """Of a file that takes as long to read as the test wants."""
     checkpoints = directory / "checkpoints"
     checkpoints.mkdir()
-    (checkpoints / "step_00000001.pt").touch()
-    os.truncate(checkpoints / "step_00000001.pt", 2 << 30)
-    marker = {"format": 1, "size": 2 << 30, "sha256": "0" * 64}
-    (checkpoints / "step_00000001.done").write_text(json.dumps(marker))
+    content = checkpoints / "step_00000001.pt"
+    os.mkfifo(content)
+    (checkpoints / "step_00000001.done").write_text(json.dumps({"format": 1, "size": 9, "sha256": "0" * 64}))
     watched = {"SEAMARK_CHECKPOINT_DIR": str(checkpoints), "SEAMARK_CHECKPOINT_SECONDS": "600"}
 
     async def scenario() -> None:
@@ -235,6 +234,8 @@ def test_a_long_look_at_checkpoints_holds_up_nobody_else(directory: Path) -> Non
             await session.start("slow", script, env=watched)
             exited, printed = await session.run("quick", script)
             assert (exited.slot, exited.status, printed) == ("quick", 0, "begins\n")
+            assert session.log("slow").read_text() == "", "the script waits until its directory is in order"
+            os.close(os.open(content, os.O_WRONLY))
             slow = await session.next_exit()
             assert (slow.slot, slow.status) == ("slow", 0)
             *said, begins = session.log("slow").read_text().splitlines()

@@ -879,6 +879,16 @@ def test_without_locks_nothing_is_removed_and_saving_goes_on(tmp_path: Path, mon
     assert names(tmp_path) == files_of(2) | {"step_00000001.pt.tmp"}
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write every file")
+def test_what_was_made_read_only_is_left_by_cleaning_and_removed_when_it_is_too_old(tmp_path: Path) -> None:
+    for path in saved(tmp_path, 1):
+        path.chmod(0o400)
+    saved(tmp_path, 2, keep=1)
+    assert names(tmp_path) == files_of(2)
+    (tmp_path / "step_00000003.pt").touch(0o400)
+    assert checkpoints.clean(tmp_path) == []
+
+
 def test_few_of_the_quarantined_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         (tmp_path / f"step_{step:08d}.pt").write_text("x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,19 @@ def test_what_goes_while_it_is_read_is_not_taken_for_lines(tmp_path: Path, monke
     shown += reading
     assert set(shown) <= set(numbered(range(100_000)).splitlines())
     assert shown[-2_000:] == numbered(range(98_000, 100_000)).splitlines()
+
+
+def test_a_file_that_goes_or_is_cut_while_it_is_read_ends_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "rank_0.log"
+    path.write_bytes(numbered(range(100_000)))
+    tail = Tail(path)
+    reading = tail.read()
+    shown = [next(reading)]
+    os.truncate(path, 0)
+    shown += reading
+    assert len(shown) < 100_000
+    path.unlink()
+    assert list(tail.read()) == list(tail.begin(3)) == []
 
 
 def test_a_line_without_an_end_is_shown_when_it_is_too_long_or_nothing_follows(

@@ -395,7 +395,8 @@ class AgentShell:
         assert roster is not None
         slot = next(slot for slot in roster.slots if slot.member == order.member)
         path = kept.logs[order.incarnation] = log_path(roster.spec, slot, roster.generation)
-        remove_outdated(path, self._log_limits.generations)
+        if roster.generation >= self._log_limits.generations:
+            remove_outdated(path, self._log_limits.generations)
         self._watch_logs(order.job)
         digests = self._memory.digests(order.job)
         held = await keeper.start_worker(

@@ -12,6 +12,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -94,7 +95,9 @@ def logs(
     while follow:
         time.sleep(POLL)
         if failed and time.monotonic() >= ask_at:
-            wanted.only = failed_ranks(job, config)
+            # While the coordinator is away, those that it named before.
+            with suppress(click.UsageError):
+                wanted.only = failed_ranks(job, config)
             ask_at = time.monotonic() + FAILED_INTERVAL
         for file in filter(wanted.takes, log_files(directory)):
             show(file.rank, tails.setdefault(file, Tail(file.path)).read())
@@ -203,23 +206,21 @@ class Tail:
     def begin(self, lines: int | None) -> Iterator[bytes]:
         """The last ``lines`` lines of what is there, or all of them."""
         if lines is not None:
-            with self.path.open("rb", buffering=0) as file:
+            with suppress(FileNotFoundError), self.path.open("rb", buffering=0) as file:
                 self.offset = start_of_last(file, lines)
         return self.read()
 
     def read(self) -> Iterator[bytes]:
         """The whole lines that were added since; from the beginning again if the file was cut."""
         try:
-            size = self.path.stat().st_size
+            file = self.path.open("rb", buffering=0)
         except FileNotFoundError:
             return
-        if size < self.offset:
-            self.offset, self._partial = 0, b""
-        if size == self.offset or self.passed_over:
-            return
-        with self.path.open("rb", buffering=0) as file:
-            while self.offset < size:
-                block = self._block(file, size)
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            if size < self.offset:
+                self.offset, self._partial = 0, b""
+            while self.offset < size and not self.passed_over and (block := self._block(file, size)):
                 self.offset += len(block)
                 *whole, self._partial = (self._partial + block).split(b"\n")
                 yield from whole
