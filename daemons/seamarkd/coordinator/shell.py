@@ -115,9 +115,12 @@ class CoordinatorShell:
         self._told: dict[str, asyncio.TimerHandle] = {}
         self._timer = self._loop.call_later(TICK, self._tick)
 
-    async def shut_down(self, patience: float) -> None:
-        """Stops every job, as far as its nodes answer within ``patience`` seconds, and closes."""
-        self._perform(self.core.shut_down(time.monotonic()))
+    async def leave(self, patience: float) -> None:
+        """This host goes away: all workers are asked to save, stopped, and go on at the next start of a coordinator.
+
+        What they complete within ``patience`` seconds is taken.
+        """
+        self._perform(self.core.suspend(time.monotonic()))
         deadline = time.monotonic() + patience
         while self.core.stopping and time.monotonic() < deadline:
             await asyncio.sleep(STOPPED_LOOK)
