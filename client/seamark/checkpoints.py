@@ -10,29 +10,45 @@ The checkpoint of step 42 is two files: ``step_00000042.pt``, written by `torch.
 So after a SIGKILL or a power cut at any moment each ``.done`` vouches for a whole ``.pt``, and everything
 that `save` returned for is still there. One process at a time writes a directory; any number may read it.
 
+Each file is locked (flock) by the save that writes it, until that is over; the kernel lets go of the lock of a process
+that was killed. That is how `clean` tells what a killed save left from what another process, also on another host of a
+file system whose locks hold there, is writing just now. Where a file system has no locks nothing is removed.
+
 This module refuses to know what a payload means, who saves and when. Only calls that need torch import it.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
 import pickle
 import re
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["Checkpoint", "CheckpointError", "clean", "latest", "list_valid", "load", "save", "verify"]
+from seamark.environment import CHECKPOINT_DIGESTS
+
+__all__ = ["Checkpoint", "CheckpointError", "clean", "latest", "list_valid", "load", "prepare", "save", "verify"]
 
 FORMAT = 1  # of the marker; raised when an older Seamark could misread a newer one
 MARKER_LIMIT = 512  # bytes; a marker has about 110
 DIGESTS_REMEMBERED = 64
+DIGESTS_FILE_BYTES = 1 << 16
+QUARANTINED_KEPT = 2
+WRITER_PATIENCE = 5.0
+"""Seconds a save waits for another one of the same step: a killed process still frees its memory for a while."""
+LOCK_PAUSE = 0.01
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 STEP = "step_([0-9]{8}|[1-9][0-9]{8,})"
 
 _log = logging.getLogger(__name__)
@@ -43,6 +59,14 @@ _digests: dict[tuple[int, ...], str] = {}
 
 class CheckpointError(Exception):
     """A checkpoint cannot be written, trusted or read: which file, why, and what to do."""
+
+
+class _CorruptError(CheckpointError):
+    """The bytes are there, and are not those that were saved."""
+
+
+class _OutOfTimeError(Exception):
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +100,8 @@ def save(directory: str | os.PathLike[str], step: int, payload: object, *, keep:
 
     Raises:
         CheckpointError: it could not be written (disk full, no permission), `load` would refuse the payload,
-            or the step has a valid checkpoint with other content. Earlier checkpoints are untouched.
+            the step has a valid checkpoint with other content, or another process is saving it. Earlier
+            checkpoints are untouched.
         ValueError: `step` is negative or `keep` is less than 1.
     """
     if step < 0 or keep < 1:
@@ -85,13 +110,16 @@ def save(directory: str | os.PathLike[str], step: int, payload: object, *, keep:
     path = _path_of(folder, step)
     try:
         _make_directory(folder)
-        with _published(path) as content:
-            _torch_save(payload, content)
-            _refuse_other_content(path, content)
-        with _published(path.with_suffix(".done")) as marker:
-            fields = {"format": FORMAT, "size": content.size, "sha256": content.sha256}
-            marker.write(json.dumps(fields).encode() + b"\n")
-        _remember(_identity(os.stat(path)), content.sha256)
+        with ExitStack() as locked:
+            with _published(path, locked) as content:
+                _torch_save(payload, content)
+                _refuse_other_content(path, content)
+            with _published(path.with_suffix(".done"), locked) as marker:
+                fields = {"format": FORMAT, "size": content.size, "sha256": content.sha256}
+                marker.write(json.dumps(fields).encode() + b"\n")
+        identity = _identity(os.stat(path))
+        _remember(identity, content.sha256)
+        _tell_digest(identity, content.sha256)
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written: {error}. Earlier checkpoints are untouched; free space or correct "
@@ -172,11 +200,10 @@ def load(checkpoint: Checkpoint, map_location: Any = "cpu") -> Any:
 
 
 def clean(directory: str | os.PathLike[str]) -> list[str]:
-    """Tidy up after a writer that was killed; no valid checkpoint is touched.
+    """Tidy up after a writer that was killed; no valid checkpoint is touched, and no save that is under way.
 
     Unfinished ``.tmp`` files and a ``.done`` whose ``.pt`` is missing are removed; a ``.pt`` that has no
-    ``.done`` is renamed to ``.pt.quarantined``. A save under way looks just like one that was killed, so the
-    caller promises that nobody saves to this directory until this returns.
+    ``.done`` is renamed to ``.pt.quarantined``, of which the two newest stay. Several processes may do it at once.
 
     Returns:
         A sentence for each file that was removed or renamed.
@@ -189,21 +216,94 @@ def clean(directory: str | os.PathLike[str]) -> list[str]:
     for suffix in (".pt.tmp", ".done.tmp"):
         for step in sorted(_steps(folder, suffix)):
             path = _path_of(folder, step).with_suffix(suffix)
-            path.unlink()
-            report.append(f"Removed {path.name}: the save that wrote it did not finish.")
+            with _alone(path) as abandoned:
+                if abandoned:
+                    path.unlink()
+                    report.append(f"Removed {path.name}: the save that wrote it did not finish.")
+    # In this order: a marker that is seen had its file before.
     marked, written = _steps(folder, ".done"), _steps(folder, ".pt")
     for step in sorted(marked - written):
         path = _path_of(folder, step).with_suffix(".done")
-        path.unlink()
-        report.append(f"Removed {path.name}: the checkpoint that it vouches for is missing.")
+        with _alone(path) as abandoned:
+            if abandoned and not path.with_suffix(".pt").exists():
+                path.unlink()
+                report.append(f"Removed {path.name}: the checkpoint that it vouches for is missing.")
     for step in sorted(written - marked):
         path = _path_of(folder, step)
-        aside = path.with_suffix(".pt.quarantined")
-        path.replace(aside)
-        report.append(f"Renamed {path.name} to {aside.name}: it has no marker, so its save did not finish.")
+        with _alone(path) as abandoned:
+            if abandoned and not path.with_suffix(".done").exists():
+                report.append(_quarantine(path, "it has no marker, so its save did not finish."))
+    for step in sorted(_steps(folder, ".pt.quarantined"))[:-QUARANTINED_KEPT]:
+        path = _path_of(folder, step).with_suffix(".pt.quarantined")
+        path.unlink(missing_ok=True)
+        report.append(f"Removed {path.name}: {QUARANTINED_KEPT} newer ones are there.")
     if report:
         _fsync_directory(folder)
     return report
+
+
+def prepare(directory: str | os.PathLike[str], *, seconds: float | None = None) -> list[str]:
+    """Put a directory in order before somebody resumes from it: `clean`, and set a corrupt newest checkpoint aside.
+
+    The newest checkpoint is read whole, unless a process of this host has read or written it already; one whose bytes
+    are not those that were saved loses its marker and is renamed to ``.pt.quarantined``, and the next older one is
+    judged. An agent has this done before it starts a worker of a job with ``--checkpoint-dir``. Of several processes of
+    a host one reads, the others wait for it.
+
+    Args:
+        directory: where one writer's checkpoints live; it may be missing.
+        seconds: after so many it ends, whatever is left to read; None for no limit.
+
+    Returns:
+        A sentence for each file that was removed or renamed or can't be judged.
+
+    Raises:
+        OSError: the directory could not be listed, or a file not be removed or renamed.
+    """
+    folder = Path(directory)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    report = clean(folder)
+    try:
+        with _turn(deadline):
+            report += _set_corrupt_aside(folder, deadline)
+    except _OutOfTimeError:
+        report.append(f"Left {folder} unread after {seconds:g} s: who resumes from it reads its checkpoints itself.")
+    return report
+
+
+def _set_corrupt_aside(folder: Path, deadline: float | None) -> list[str]:
+    """Down to the first checkpoint that is valid."""
+    report: list[str] = []
+    for step in sorted(_steps(folder, ".done"), reverse=True):
+        path = _path_of(folder, step)
+        try:
+            found = os.stat(path)
+            checkpoint = _examine(path, deadline=deadline)
+        except FileNotFoundError:
+            continue
+        except _CorruptError as error:
+            with _alone(path) as abandoned:
+                if abandoned and _identity(os.stat(path)) == _identity(found):
+                    path.with_suffix(".done").unlink(missing_ok=True)
+                    _fsync_directory(folder)
+                    report.append(_quarantine(path, str(error)))
+                    _fsync_directory(folder)
+        except CheckpointError as error:
+            if path.with_suffix(".done").exists():
+                report.append(str(error))
+        else:
+            if report:
+                report.append(f"The newest valid checkpoint is {checkpoint.path.name}.")
+            return report
+    if report:
+        report.append(f"{folder} holds no valid checkpoint.")
+    return report
+
+
+def _quarantine(path: Path, why: str) -> str:
+    aside = path.with_suffix(".pt.quarantined")
+    path.replace(aside)
+    return f"Renamed {path.name} to {aside.name}: {why}"
 
 
 # --- writing
@@ -233,19 +333,44 @@ class _Content:
 
 
 @contextmanager
-def _published(path: Path) -> Iterator[_Content]:
-    """A stream whose content is called `path` once it is on the disk; of a failed one nothing is left."""
+def _published(path: Path, locked: ExitStack) -> Iterator[_Content]:
+    """A stream whose content is called `path` once it is on the disk; of a failed one nothing is left.
+
+    Its file stays open, and with that locked, until `locked` is closed.
+    """
     unfinished = path.with_name(f"{path.name}.tmp")
+    file = _open_alone(unfinished)
+    locked.callback(file.close)
     try:
-        with open(unfinished, "wb") as file:
-            yield _Content(file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield _Content(file)
+        file.flush()
+        os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
     _fsync_directory(path.parent)
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """A new, empty file, locked as long as it is open; what a killed save left of it is overwritten."""
+    until = time.monotonic() + WRITER_PATIENCE
+    while True:
+        # Not emptied before it is locked: another process may be writing it.
+        file = open(path, "ab")  # noqa: SIM115 - it stays open
+        try:
+            if _lock(file.fileno()) != "held":
+                if _is_called(file.fileno(), path):
+                    file.truncate(0)
+                    return file
+            elif time.monotonic() > until:
+                raise CheckpointError(f"{path} is being written by another process. Give each writer a directory.")
+            else:
+                time.sleep(LOCK_PAUSE)
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def _torch_save(payload: object, content: _Content) -> None:
@@ -301,11 +426,14 @@ def _remove_older(folder: Path, step: int, keep: int) -> None:
     if not doomed:
         return
     try:
-        for path in doomed:
-            path.with_suffix(".done").unlink(missing_ok=True)
-        _fsync_directory(folder)
-        for path in doomed:
-            path.unlink(missing_ok=True)
+        with ExitStack() as locked:
+            for path in doomed:
+                # While it has no marker any more, it would look like the work of a save that was killed.
+                locked.enter_context(_alone(path))
+                path.with_suffix(".done").unlink(missing_ok=True)
+            _fsync_directory(folder)
+            for path in doomed:
+                path.unlink(missing_ok=True)
     except OSError as error:
         _log.warning("Old checkpoints in %s stay: %s. That of step %d is saved.", folder, error, step)
 
@@ -323,6 +451,45 @@ def _fsync_directory(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- locks
+
+
+def _lock(descriptor: int) -> str:
+    """Locks the file as long as it is open: "locked", "held" by another process, or "unknown" without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "held"
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return "unknown"
+        raise
+    return "locked"
+
+
+def _is_called(descriptor: int, path: Path) -> bool:
+    """Whether this is still the file of that name: it may have been renamed or removed while it was being locked."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Within the block nobody saves to this file; False where somebody does, it is gone, or nobody can tell."""
+    try:
+        # For writing: network file systems lock nothing else exclusively.
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        yield False
+        return
+    try:
+        yield _lock(descriptor) == "locked" and _is_called(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -348,25 +515,31 @@ def _survey(folder: Path) -> Iterator[Checkpoint | CheckpointError]:
                     yield error
 
 
-def _examine(path: Path, *, reread: bool = False) -> Checkpoint:
-    """Compare a ``.pt`` file with its marker, hashing it if this process has not yet, or on `reread`."""
+def _examine(path: Path, *, reread: bool = False, deadline: float | None = None) -> Checkpoint:
+    """Compare a ``.pt`` file with its marker, hashing it if this process has not yet, or on `reread`.
+
+    Raises:
+        CheckpointError: it is not what its marker says, or can't be read.
+        _OutOfTimeError: it could not be hashed before the deadline.
+    """
     step = _step_of(path)
     size, sha256 = _read_marker(path)
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            digest = None if reread else _digests.get(_identity(status))
+            digest = None if reread else _known_digest(_identity(status))
             if status.st_size == size and digest is None:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(_Timed(file, deadline) if deadline else file, "sha256").hexdigest()
                 _remember(_identity(status), digest)
+                _tell_digest(_identity(status), digest)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Use an earlier one.") from error
     if status.st_size != size:
-        raise CheckpointError(
+        raise _CorruptError(
             f"{path} is {status.st_size} bytes and was saved with {size}. Use an earlier one and check the disk."
         )
     if digest != sha256:
-        raise CheckpointError(
+        raise _CorruptError(
             f"{path} is not what was saved: its SHA-256 differs from that in its marker. Use an earlier one "
             "and check the disk."
         )
@@ -436,6 +609,26 @@ def _steps(folder: Path, suffix: str) -> set[int]:
     return {int(match[1]) for name in names if (match := pattern.fullmatch(name))}
 
 
+class _Timed(io.RawIOBase):
+    """A file that can be read until a deadline, in seconds of `time.monotonic`."""
+
+    def __init__(self, file: BinaryIO, deadline: float) -> None:
+        self.name = file.name
+        self._file = file
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if time.monotonic() > self._deadline:
+            raise _OutOfTimeError
+        return int(self._file.readinto(buffer))  # type: ignore[attr-defined]
+
+
+# --- what was hashed already
+
+
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
@@ -444,3 +637,66 @@ def _remember(identity: tuple[int, ...], digest: str) -> None:
     _digests[identity] = digest
     while len(_digests) > DIGESTS_REMEMBERED:
         _digests.pop(next(iter(_digests)))
+
+
+def _known_digest(identity: tuple[int, ...]) -> str | None:
+    """As this process or, with an agent, another one of this host found it."""
+    shared = os.environ.get(CHECKPOINT_DIGESTS)
+    if identity not in _digests and shared:
+        for known, digest in _read_digests(Path(shared)):
+            _remember(known, digest)
+    return _digests.get(identity)
+
+
+def _tell_digest(identity: tuple[int, ...], digest: str) -> None:
+    """Add it to the file that the processes of this host share. Its loss costs a reading, so nothing fails for it."""
+    shared = os.environ.get(CHECKPOINT_DIGESTS)
+    if not shared:
+        return
+    try:
+        with open(shared, "a", encoding="ascii") as file:
+            file.write(json.dumps([*identity, digest]) + "\n")
+    except OSError as error:
+        _log.warning("%s can't be written (%s): checkpoints will be read more than once.", shared, error)
+
+
+def _read_digests(path: Path) -> Iterator[tuple[tuple[int, ...], str]]:
+    """What the file holds, oldest first; lines that are none of ours are passed over."""
+    try:
+        lines = path.read_bytes()[-DIGESTS_FILE_BYTES:].splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            *identity, digest = json.loads(line)
+        except (ValueError, TypeError):
+            continue
+        if len(identity) == 5 and all(type(number) is int for number in identity) and isinstance(digest, str):
+            yield tuple(identity), digest
+
+
+@contextmanager
+def _turn(deadline: float | None) -> Iterator[None]:
+    """One process of this host at a time, so that the others find what it has hashed.
+
+    Raises:
+        _OutOfTimeError: the turn did not come before the deadline.
+    """
+    shared = os.environ.get(CHECKPOINT_DIGESTS)
+    if not shared:
+        yield
+        return
+    descriptor = os.open(shared, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while _lock(descriptor) == "held":
+            if deadline is not None and time.monotonic() > deadline:
+                raise _OutOfTimeError
+            time.sleep(LOCK_PAUSE)
+        if os.fstat(descriptor).st_size > DIGESTS_FILE_BYTES:
+            # What is told at this moment is lost, and read once more.
+            kept = list(_read_digests(Path(shared)))[-DIGESTS_REMEMBERED:]
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, "".join(json.dumps([*one, digest]) + "\n" for one, digest in kept).encode())
+        yield
+    finally:
+        os.close(descriptor)

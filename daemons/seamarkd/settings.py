@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import tomllib
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from seamarkd.paths import private, run_directory, state_directory
 SYSTEM_FILE = Path("/etc/seamark/seamark.toml")
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
+HEALTH_CHECKS = ("disk", "shm", "gpu")
+"""Those that come with Seamark (``seamarkd.agent.health``)."""
 MINIMUM_SLOTS = 8
 """Slots of a node without GPUs are at least this many (D16)."""
 OFF_LOOPBACK = (
@@ -60,11 +63,19 @@ class CoordinatorSettings(msgspec.Struct, frozen=True):
 
 
 class AgentSettings(msgspec.Struct, frozen=True):
-    """This node: its name (empty: the host's), its slots (0: automatic), the host under which others reach it."""
+    """This node: its name (empty: the host's), its slots (0: automatic), the host under which others reach it.
+
+    Its health checks (names of Seamark's own, or executables); seconds between two rounds, and for each check. A file
+    that appears, or a page that says so, when this host is about to be taken away (empty: none).
+    """
 
     node: str = ""
     slots: int = 0
     host: str = "127.0.0.1"
+    health_checks: list[str] = []
+    health_interval: float = 60.0
+    health_timeout: float = 30.0
+    preemption_notice: str = ""
 
 
 class PathSettings(msgspec.Struct, frozen=True):
@@ -76,10 +87,12 @@ class PathSettings(msgspec.Struct, frozen=True):
 
 
 class LogSettings(msgspec.Struct, frozen=True):
-    """What the daemons log, and in which form."""
+    """What the daemons log, and in which form; how much of the workers' output is kept."""
 
     level: str = "info"
     format: str = "text"
+    worker_max_bytes: int = 67_108_864
+    worker_generations: int = 4
 
 
 class SecuritySettings(msgspec.Struct, frozen=True):
@@ -155,9 +168,25 @@ SECTIONS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.
 KEYS: dict[str, msgspec.structs.FieldInfo] = {
     f"{section}.{field.name}": field for section, kind in SECTIONS.items() for field in msgspec.structs.fields(kind)
 }
-LIMITS = {"lighthouse.beat_interval": (0.02, 10.0), "lighthouse.agent_grace": (1.0, 3_600.0)}
+LIMITS = {
+    "lighthouse.beat_interval": (0.02, 10.0),
+    "lighthouse.agent_grace": (1.0, 3_600.0),
+    "agent.health_interval": (1.0, 86_400.0),
+    "agent.health_timeout": (0.1, 3_600.0),
+}
+COUNTS = {
+    "agent.slots": (0, 65_535, "0 (automatic) or a number of slots up to 65535"),
+    "log.worker_max_bytes": (1 << 20, 1 << 40, "a number of bytes from 1048576 (1 MiB) to 1099511627776 (1 TiB)"),
+    "log.worker_generations": (1, 1_000, "a number of generations from 1 to 1000"),
+}
 ADDRESSES = ("lighthouse.address", "lighthouse.events", "coordinator.address")
-TYPE_NAMES = {str: "text in quotes", int: "a whole number", bool: "true or false", float: "a number of seconds"}
+TYPE_NAMES = {
+    str: "text in quotes",
+    int: "a whole number",
+    bool: "true or false",
+    float: "a number of seconds",
+    list[str]: "a list of texts in quotes",
+}
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -199,7 +228,7 @@ def load(config: Path | None, environ: Mapping[str, str], flags: Mapping[str, ob
             problems.append(f"{flag}: {key}: no such setting{_nearest(key, KEYS)}")
         else:
             found[key] = (flag, _parsed(key, value) if isinstance(value, str) else value)
-    values = {key: found[key][1] if key in found else field.default for key, field in KEYS.items()}
+    values = {key: found[key][1] if key in found else default(field) for key, field in KEYS.items()}
     values = {
         key: float(value) if KEYS[key].type is float and type(value) is int else value for key, value in values.items()
     }
@@ -213,6 +242,11 @@ def load(config: Path | None, environ: Mapping[str, str], flags: Mapping[str, ob
             for section, kind in SECTIONS.items()
         }
     )
+
+
+def default(field: msgspec.structs.FieldInfo) -> object:
+    """What holds where nobody says anything."""
+    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
 
 
 def _from_file(path: Path, problems: list[str]) -> dict[str, tuple[str, object]]:
@@ -249,11 +283,13 @@ def _nearest(name: str, valid: Mapping[str, object] | list[str]) -> str:
 def _parsed(key: str, text: str) -> object:
     """A text of the environment as the key's type; left as text if it is none, for the check to find."""
     kind = KEYS[key].type
+    if kind == list[str]:
+        return [part.strip() for part in text.split(",") if part.strip()]
     if kind is bool:
         return BOOLEANS.get(text.lower(), text)
     if kind is float:
         return float(text) if SECONDS.fullmatch(text) else text
-    if kind is int and text.isascii() and text.isdigit() and len(text) < 10:
+    if kind is int and text.isascii() and text.isdigit() and len(text) < 16:
         return int(text)
     return text
 
@@ -263,8 +299,10 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
     endpoints: dict[str, tuple[str, str]] = {}
     off_loopback: list[str] = []
     for key, value in values.items():
-        if type(value) is not KEYS[key].type:
+        if not _is_a(value, KEYS[key].type):
             wrong.append((key, f"must be {TYPE_NAMES[KEYS[key].type]}, not {value!r}"))
+        elif isinstance(value, list):
+            wrong += [(key, text) for text in map(_wrong_check, value) if text]
         elif isinstance(value, str) and ("\0" in value or not value.isprintable()):
             wrong.append((key, f"holds a character that can't be printed: {value!r}"))
         elif key in ADDRESSES:
@@ -280,12 +318,14 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
                 wrong.append((key, "must not be empty: the name or address under which others reach this host"))
             elif not _is_loopback(str(value)):
                 off_loopback.append(key)
-        elif key == "agent.slots" and not 0 <= int(str(value)) <= 65_535:
-            wrong.append((key, f"must be 0 (automatic) or a number of slots up to 65535, not {value}"))
+        elif key in COUNTS and not COUNTS[key][0] <= int(str(value)) <= COUNTS[key][1]:
+            wrong.append((key, f"must be {COUNTS[key][2]}, not {value}"))
         elif key in LIMITS and not LIMITS[key][0] <= float(str(value)) <= LIMITS[key][1]:
             wrong.append((key, f"must be from {LIMITS[key][0]:g} to {LIMITS[key][1]:g} seconds, not {value}"))
         elif (key.startswith("paths.") or key == "security.keys") and value and not os.path.isabs(str(value)):
             wrong.append((key, f"must be an absolute path, not {value}"))
+        elif key == "agent.preemption_notice" and value and not os.path.isabs(str(value)) and not is_url(str(value)):
+            wrong.append((key, f"must be the absolute path of a file or an http:// address, not {value}"))
         elif key in ("log.level", "log.format"):
             choices = LEVELS if key == "log.level" else FORMATS
             if value not in choices:
@@ -300,6 +340,29 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
     if values["security.insecure"] is not True and not values["security.keys"]:
         wrong += [(key, f"{values[key]} {OFF_LOOPBACK}") for key in off_loopback]
     return wrong
+
+
+def is_url(text: str) -> bool:
+    """Whether this is the address of a page: http or https, with a host."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # of the port, or of brackets
+        return False
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    if kind == list[str]:
+        return isinstance(value, list) and all(type(one) is str for one in value)
+    return type(value) is kind
+
+
+def _wrong_check(check: str) -> str:
+    """What is wrong with a health check's name, if anything; whether a file can be run is found where it is."""
+    if check in HEALTH_CHECKS or (os.path.isabs(check) and check.isprintable()):
+        return ""
+    near = _nearest(check, list(HEALTH_CHECKS))
+    return f"{check!r} is neither a check of Seamark's nor the absolute path of an executable file{near}"
 
 
 def _endpoint(address: str) -> tuple[str, str]:

@@ -190,9 +190,10 @@ class Following:
 
 
 @contextmanager
-def suite(home: Path, **more: Any) -> Iterator[Suite]:
-    """A suite that leaves nothing behind."""
+def suite(home: Path, *, env: dict[str, str] | None = None, **more: Any) -> Iterator[Suite]:
+    """A suite that leaves nothing behind; ``env`` are more settings."""
     made = Suite(home, **more)
+    made.env |= env or {}
     try:
         made.up()
         yield made

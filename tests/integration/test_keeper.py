@@ -216,6 +216,73 @@ def torch_keeper() -> Iterator[TorchKeeper]:
     shutil.rmtree(shared.directory)
 
 
+# -- before the script ---------------------------------------------------------------------------------------
+
+
+def test_a_long_look_at_checkpoints_holds_up_nobody_else(directory: Path) -> None:
+    """Of a file that takes as long to read as the test wants."""
+    checkpoints = directory / "checkpoints"
+    checkpoints.mkdir()
+    content = checkpoints / "step_00000001.pt"
+    os.mkfifo(content)
+    (checkpoints / "step_00000001.done").write_text(json.dumps({"format": 1, "size": 9, "sha256": "0" * 64}))
+    watched = {"SEAMARK_CHECKPOINT_DIR": str(checkpoints), "SEAMARK_CHECKPOINT_SECONDS": "600"}
+
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            script = session.script("print('begins', flush=True)")
+            await session.start("slow", script, env=watched)
+            exited, printed = await session.run("quick", script)
+            assert (exited.slot, exited.status, printed) == ("quick", 0, "begins\n")
+            assert session.log("slow").read_text() == "", "the script waits until its directory is in order"
+            os.close(os.open(content, os.O_WRONLY))
+            slow = await session.next_exit()
+            assert (slow.slot, slow.status) == ("slow", 0)
+            *said, begins = session.log("slow").read_text().splitlines()
+            assert begins == "begins"
+            assert [line.split(":")[:2] for line in said] == [
+                ["seamark", " Renamed step_00000001.pt to step_00000001.pt.quarantined"],
+                ["seamark", f" {checkpoints} holds no valid checkpoint."],
+            ]
+
+    play(scenario())
+
+
+@pytest.mark.parametrize(
+    "more", [{"SEAMARK_CHECKPOINT_DIR": "/dev/null"}, {"PYTHONPATH": ""}, {"SEAMARK_CHECKPOINT_SECONDS": "soon"}]
+)
+def test_no_disorder_of_checkpoints_keeps_a_script_from_its_start(directory: Path, more: dict[str, str]) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            env = {"SEAMARK_CHECKPOINT_DIR": str(directory), "SEAMARK_CHECKPOINT_SECONDS": "5", **more}
+            exited, printed = await session.run("worker", session.script("print('begins')"), env=env)
+            assert exited.status == 0
+            assert printed.endswith("begins\n")
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("more", [{}, FORCE_EXEC])
+def test_a_worker_is_bound_before_its_script_and_others_are_not(directory: Path, more: dict[str, str]) -> None:
+    script = "import os; print(sorted(os.sched_getaffinity(0)))"
+    all_of_them = sorted(os.sched_getaffinity(0))
+
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            for slot, cpus, expected in (
+                ("one", all_of_them[-1:], all_of_them[-1:]),
+                ("all", (), all_of_them),
+                # Such a one is taken away by nobody but an operator, and then a rank runs slower and does run.
+                ("gone", (65_535,), all_of_them),
+            ):
+                exited, printed = await session.run(slot, session.script(script), env=more, cpus=cpus)
+                assert (exited.status, exited.forked) == (0, not more)
+                assert printed.splitlines()[-1] == str(expected)
+            assert "seamark: can't be bound to processors [65535]: Invalid argument" in printed
+
+    play(scenario())
+
+
 # -- exits ---------------------------------------------------------------------------------------------------
 
 ENDINGS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import itertools
@@ -12,6 +13,7 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -422,10 +424,10 @@ def recorded_calls(
             os.kill(os.getpid(), signal.SIGKILL)
 
     def recording_open(path: Any, mode: str) -> Any:
-        if mode != "wb":
+        if mode != "ab":
             return open(path, mode)
         record("create", path)
-        file = RecordingFile(path, "w")
+        file = RecordingFile(path, "a")
         file.record = record
         return io.BufferedWriter(file)
 
@@ -780,3 +782,229 @@ def test_what_clean_did_is_durable(tmp_path: Path) -> None:
     with recorded_calls(tmp_path) as calls:
         checkpoints.clean(tmp_path)
     assert calls == [("rename", "step_00000005.pt", "step_00000005.pt.quarantined"), ("fsync", ".")]
+
+
+# --- others at work
+
+
+@contextmanager
+def half_way(directory: Path, stop_at: str, *steps: int) -> Iterator[int]:
+    """A process that is saving the last of these steps, up to this call."""
+    reader, writer = os.pipe()
+
+    def work() -> None:
+        def wait_here() -> None:
+            os.write(writer, b"x")
+            signal.pause()
+
+        saved(directory, *steps[:-1])
+        real = {"write": checkpoints._Content.write, "replace": os.replace, "unlink": os.unlink}
+
+        def watching(name: str, suffix: str) -> Callable[..., Any]:
+            def call(subject: Any, *arguments: Any, **options: Any) -> Any:
+                path = subject.path if name == "write" else subject
+                if str(path).endswith(suffix):
+                    wait_here()
+                return real[name](subject, *arguments, **options)
+
+            return call
+
+        name, _, suffix = stop_at.partition(" ")
+        if name == "write":
+            checkpoints._Content.write = watching(name, suffix)  # type: ignore[method-assign]
+        else:
+            setattr(os, name, watching(name, suffix))
+        saved(directory, steps[-1], keep=1)
+
+    pid = forked(work)
+    os.close(writer)
+    try:
+        assert select.select([reader], [], [], 60)[0]
+        assert os.read(reader, 1) == b"x"
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+
+
+HALF_WAY = {
+    "write .pt.tmp": {"step_00000002.pt.tmp"},
+    "replace .pt.tmp": {"step_00000002.pt.tmp"},
+    "write .done.tmp": {"step_00000002.pt", "step_00000002.done.tmp"},
+    "replace .done.tmp": {"step_00000002.pt", "step_00000002.done.tmp"},
+}
+
+
+@pytest.mark.parametrize("moment", HALF_WAY)
+def test_what_a_living_writer_writes_is_left_alone_and_what_a_dead_one_wrote_is_not(
+    tmp_path: Path, moment: str
+) -> None:
+    with half_way(tmp_path, moment, 1, 2):
+        assert names(tmp_path) == files_of(1) | HALF_WAY[moment]
+        assert checkpoints.prepare(tmp_path) == []
+        assert names(tmp_path) == files_of(1) | HALF_WAY[moment]
+    report = checkpoints.prepare(tmp_path)
+    assert {sentence.split()[1].rstrip(":") for sentence in report} == HALF_WAY[moment]
+    assert names(tmp_path) <= files_of(1) | {"step_00000002.pt.quarantined"}
+    assert latest_step(tmp_path) == 1
+
+
+def test_a_checkpoint_that_is_just_being_removed_is_not_set_aside(tmp_path: Path) -> None:
+    with half_way(tmp_path, "unlink .pt", 1, 2):
+        assert names(tmp_path) == files_of(2) | {"step_00000001.pt"}
+        assert checkpoints.clean(tmp_path) == []
+        assert names(tmp_path) == files_of(2) | {"step_00000001.pt"}
+
+
+def test_a_second_writer_of_a_step_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "WRITER_PATIENCE", 0.0)
+    with (
+        half_way(tmp_path, "replace .pt.tmp", 1, 2),
+        pytest.raises(CheckpointError, match="is being written by another process"),
+    ):
+        saved(tmp_path, 2)
+    saved(tmp_path, 2)
+    assert latest_step(tmp_path) == 2
+
+
+def test_without_locks_nothing_is_removed_and_saving_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "step_00000001.pt.tmp").write_text("x")
+    saved(tmp_path, 2)
+    assert checkpoints.clean(tmp_path) == []
+    assert names(tmp_path) == files_of(2) | {"step_00000001.pt.tmp"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write every file")
+def test_what_was_made_read_only_is_left_by_cleaning_and_removed_when_it_is_too_old(tmp_path: Path) -> None:
+    for path in saved(tmp_path, 1):
+        path.chmod(0o400)
+    saved(tmp_path, 2, keep=1)
+    assert names(tmp_path) == files_of(2)
+    (tmp_path / "step_00000003.pt").touch(0o400)
+    assert checkpoints.clean(tmp_path) == []
+
+
+def test_few_of_the_quarantined_stay(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        (tmp_path / f"step_{step:08d}.pt").write_text("x")
+    assert "Removed step_00000001.pt.quarantined: 2 newer ones are there." in checkpoints.clean(tmp_path)
+    assert names(tmp_path) == {"step_00000002.pt.quarantined", "step_00000003.pt.quarantined"}
+
+
+# --- before somebody resumes
+
+
+def test_a_corrupt_newest_checkpoint_is_set_aside_and_the_next_older_one_is_named(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20, 30)
+    flip(2000)(tmp_path / "step_00000030.pt")
+    halve(tmp_path / "step_00000020.pt")
+    report = checkpoints.prepare(tmp_path)
+    assert [sentence.split(":")[0] for sentence in report] == [
+        "Renamed step_00000030.pt to step_00000030.pt.quarantined",
+        "Renamed step_00000020.pt to step_00000020.pt.quarantined",
+        "The newest valid checkpoint is step_00000010.pt.",
+    ]
+    assert "SHA-256 differs" in report[0]
+    assert "bytes and was saved with" in report[1]
+    assert names(tmp_path) == files_of(10) | {"step_00000020.pt.quarantined", "step_00000030.pt.quarantined"}
+    assert checkpoints.prepare(tmp_path) == []
+
+
+def test_only_corrupt_ones_leave_none(tmp_path: Path) -> None:
+    flip(2000)(*saved(tmp_path, 1))
+    assert checkpoints.prepare(tmp_path)[-1] == f"{tmp_path} holds no valid checkpoint."
+    assert checkpoints.prepare(tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize("damage", ["marker garbage", "format newer", "marker a directory"])
+def test_what_can_t_be_judged_is_named_and_left(tmp_path: Path, damage: str) -> None:
+    suffix, inflict, reason = DAMAGES[damage]
+    _, bad = saved(tmp_path, 10, 20)
+    inflict(bad.with_suffix(suffix))
+    before = names(tmp_path)
+    said, found = checkpoints.prepare(tmp_path)
+    assert reason in said
+    assert found == "The newest valid checkpoint is step_00000010.pt."
+    assert names(tmp_path) == before
+
+
+def test_a_limit_ends_the_reading_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip(2000)(*saved(tmp_path, 1))
+    monkeypatch.setattr(checkpoints, "_digests", {})
+    (said,) = checkpoints.prepare(tmp_path, seconds=-1.0)
+    assert said.startswith(f"Left {tmp_path} unread after -1 s")
+    assert names(tmp_path) == files_of(1)
+
+
+@pytest.fixture
+def shared_digests(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path_factory.mktemp("shared") / "digests"
+    monkeypatch.setenv("SEAMARK_CHECKPOINT_DIGESTS", str(path))
+    return path
+
+
+def test_one_process_of_a_host_reads_for_all(tmp_path: Path, shared_digests: Path, hashed: list[str]) -> None:
+    pid = forked(lambda: saved(tmp_path, 1, 2))
+    assert os.waitpid(pid, 0)[1] == 0
+    assert checkpoints.prepare(tmp_path) == []
+    assert latest_step(tmp_path) == 2
+    assert hashed == [], "its writer has hashed it"
+    flip(2000)(tmp_path / "step_00000002.pt")
+    pid = forked(lambda: checkpoints.prepare(tmp_path))
+    assert os.waitpid(pid, 0)[1] == 0
+    assert latest_step(tmp_path) == 1
+    assert hashed == []
+
+
+def test_the_shared_file_stays_small_and_what_it_should_not_hold_is_passed_over(
+    tmp_path: Path, shared_digests: Path, hashed: list[str]
+) -> None:
+    shared_digests.write_bytes(b"\xff[\n{}\n[]\n[1, 2]\n5\n" * 10_000)
+    saved(tmp_path, 1)
+    checkpoints._digests.clear()
+    assert checkpoints.prepare(tmp_path) == []
+    assert shared_digests.stat().st_size < checkpoints.DIGESTS_FILE_BYTES
+    checkpoints._digests.clear()
+    assert latest_step(tmp_path) == 1
+    assert hashed == []
+
+
+def test_a_process_that_waits_for_another_one_s_reading_gives_up_in_time(tmp_path: Path, shared_digests: Path) -> None:
+    saved(tmp_path, 1)
+    with shared_digests.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (said,) = checkpoints.prepare(tmp_path, seconds=0.05)
+    assert "unread after 0.05 s" in said
+
+
+def test_several_hosts_may_do_it_at_once(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    for _ in range(20):
+        saved(directory, 1, 2, 3)
+        flip(2000)(directory / "step_00000003.pt")
+        (directory / "step_00000002.pt").unlink()
+        for step in range(4, 12):
+            (directory / f"step_{step:08d}.pt").write_text("x")
+            (directory / f"step_{step:08d}.pt.tmp").write_text("x")
+        pids = [
+            # A digest file of its own, as on a host of its own.
+            forked(
+                lambda number=number: (
+                    os.environ.update(SEAMARK_CHECKPOINT_DIGESTS=str(tmp_path / f"digests-{number}")),
+                    checkpoints._digests.clear(),
+                    checkpoints.prepare(directory),
+                )
+            )
+            for number in range(4)
+        ]
+        assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+        assert checkpoints.prepare(directory) == []
+        quarantined = {name for name in names(directory) if name.endswith(".quarantined")}
+        assert names(directory) == files_of(1) | quarantined
+        assert len(quarantined) == checkpoints.QUARANTINED_KEPT
+        shutil.rmtree(directory)

@@ -11,6 +11,7 @@ import pytest
 from keyring import keyring
 
 from seamark.protocol.messages import CoordinatorStatus, LighthouseStatus
+from seamarkd.agent.health import Finding
 from seamarkd.cli.doctor import (
     Check,
     address_check,
@@ -21,6 +22,7 @@ from seamarkd.cli.doctor import (
     file_system,
     files_limit,
     gpus,
+    health_check,
     kernel,
     keys,
     numbers,
@@ -72,6 +74,10 @@ HERE = "tcp://127.0.0.1:29712"
         (directory_check("run", Path("/r"), 0o40700, True, "tmpfs"), "ok", "tmpfs"),
         (directory_check("run", Path("/r"), 0o40755, True, "ext4"), "problem", "chmod 700 /r"),
         (directory_check("log", Path("/l"), 0o40500, False, "ext4"), "problem", "not writable"),
+        (health_check(Finding("disk"), configured=True), "ok", "health check disk: passes"),
+        (health_check(Finding("disk"), configured=False), "ok", "not configured"),
+        (health_check(Finding("/c", "link down"), configured=True), "problem", "health check /c: link down"),
+        (health_check(Finding("gpu", "1 of 2"), configured=False), "warning", "agent.health_checks"),
     ],
 )
 def test_a_finding_has_its_level_and_says_what_to_do(check: Check, level: str, said: str) -> None:

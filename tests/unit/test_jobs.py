@@ -971,6 +971,34 @@ def test_no_worker_is_placed_on_a_node_that_drains_until_it_serves_again() -> No
     assert places(bench)[3] == "n1"
 
 
+def unhealthy(bench: Bench, node: str, why: str = "disk: full") -> None:
+    bench.send(NodeHello(node, "i", "ipc:///a", 8, unhealthy=why), node.encode())
+
+
+def test_no_job_is_placed_on_an_unhealthy_node_until_its_checks_pass() -> None:
+    bench = Bench(nodes=0)
+    unhealthy(bench, "n0")
+    assert bench.job.state == "PENDING"
+    status = bench.core.status(0.0, 1)
+    assert [(one.node, one.unhealthy) for one in status.nodes] == [("n0", "disk: full")]
+    bench.core.tick(1.0)
+    assert bench.job.state == "PENDING", "it is not refused either: the node has the places"
+    bench.hello("n0")
+    assert bench.job.state == "STARTING"
+
+
+def test_what_runs_on_a_node_that_becomes_unhealthy_goes_on_and_a_restart_of_all_goes_elsewhere() -> None:
+    bench = wide(2, wrapped=False, policy="any-failed")
+    bench.hello("n2")
+    unhealthy(bench, "n1")
+    assert (bench.job.state, places(bench)[3]) == ("RUNNING", "n1")
+    bench.exit(2, 1)
+    assert (bench.job.state, bench.job.process_restarts) == ("RESTARTING", 1), "it is no host that goes away"
+    for route in (b"node", b"n1"):
+        bench.send(WorkersStopped(bench.job.request, "job", 0), route)
+    assert places(bench)[3] == "n2"
+
+
 @pytest.mark.parametrize("first", ["exit", "event"])
 def test_a_restart_for_a_node_that_drains_is_charged_to_nobody(first: str) -> None:
     bench = wide(2, wrapped=False, policy="any-failed")

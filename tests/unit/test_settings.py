@@ -85,6 +85,69 @@ def test_seconds_that_are_none_or_too_few_are_refused(text: str) -> None:
     assert problem.startswith("SEAMARK_LIGHTHOUSE_AGENT_GRACE: lighthouse.agent_grace: must be ")
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            '["disk", "shn"]',
+            "'shn' is neither a check of Seamark's nor the absolute path of an executable file; did",
+        ),
+        ('["checks/fabric"]', "'checks/fabric' is neither"),
+        ('["/a\\u0007"]', "is neither"),
+        ('"disk"', "must be a list of texts in quotes, not 'disk'"),
+        ("[1]", "must be a list of texts in quotes, not [1]"),
+    ],
+)
+def test_health_checks_that_are_none_are_refused(tmp_path: Path, text: str, problem: str) -> None:
+    path = written(tmp_path, f"[agent]\nhealth_checks = {text}\n")
+    (said,) = problems(path)
+    assert said.startswith(f"{path}: agent.health_checks: ")
+    assert problem in said
+
+
+@pytest.mark.parametrize(
+    ("notice", "valid"),
+    [
+        ("/run/preempted", True),
+        ("http://169.254.169.254/latest/meta-data/spot/instance-action", True),
+        ("https://metadata:8080/x", True),
+        ("preempted", False),
+        ("ftp://host/x", False),
+        ("http://", False),
+        ("http://host:port/", False),
+        ("http://[::1/", False),
+    ],
+)
+def test_a_preemption_notice_is_a_file_or_a_page(notice: str, valid: bool) -> None:
+    environ = {"SEAMARK_AGENT_PREEMPTION_NOTICE": notice}
+    if valid:
+        assert load(None, environ, {}).agent.preemption_notice == notice
+    else:
+        (said,) = problems(None, environ)
+        assert said.startswith("SEAMARK_AGENT_PREEMPTION_NOTICE: agent.preemption_notice: must be the absolute path")
+
+
+def test_health_checks_from_the_file_and_from_the_environment(tmp_path: Path) -> None:
+    path = written(tmp_path, '[agent]\nhealth_checks = ["gpu", "/etc/fabric"]\n')
+    assert load(path, {}, {}).agent.health_checks == ["gpu", "/etc/fabric"]
+    assert load(path, {"SEAMARK_AGENT_HEALTH_CHECKS": "disk, /b,"}, {}).agent.health_checks == ["disk", "/b"]
+    assert load(path, {"SEAMARK_AGENT_HEALTH_CHECKS": ""}, {}).agent.health_checks == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("LOG_WORKER_MAX_BYTES", "1000", "must be a number of bytes from 1048576 (1 MiB)"),
+        ("LOG_WORKER_GENERATIONS", "0", "must be a number of generations from 1"),
+        ("AGENT_SLOTS", "65536", "must be 0 (automatic) or a number of slots up to 65535, not 65536"),
+        ("AGENT_HEALTH_INTERVAL", "0.5", "must be from 1 to 86400 seconds"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(key: str, value: str, problem: str) -> None:
+    (said,) = problems(None, {f"SEAMARK_{key}": value})
+    assert problem in said
+
+
 def test_whole_seconds_are_seconds(tmp_path: Path) -> None:
     assert load(written(tmp_path, "[lighthouse]\nagent_grace = 30\n"), {}, {}).lighthouse.agent_grace == 30.0
 

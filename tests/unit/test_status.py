@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 from rich.console import Console
@@ -78,6 +79,14 @@ def replica_lost(kind: Literal["heartbeat", "left"] = "heartbeat") -> FailureEve
     cause = Cause(kind=kind, text="heartbeat timeout\nmore" if kind == "heartbeat" else "the end")
     failure = Failure("lost", "r7", "i", -1, "", -1, cause, -1.0, 1.0, 1.0, "heartbeat timeout")
     return FailureEvent("j", REPLICAS, 1, 3, failure)
+
+
+def test_a_node_whose_health_checks_fail_is_a_problem_that_says_why() -> None:
+    answer = coordinator()
+    answer = msgspec.structs.replace(answer, nodes=[NodeStatus("n", 8, 2, unhealthy="disk: full")])
+    picture = assess(answer, lighthouse())
+    assert (picture.code, picture.problems) == (1, ["node n takes no more jobs: disk: full"])
+    assert picture.nodes[0].cells[-1] == "takes no more jobs: disk: full"
 
 
 def drawn(*answers: CoordinatorStatus | LighthouseStatus | str, exposed: list[str] | None = None) -> str:

@@ -28,6 +28,8 @@ Moment = Annotated[float, Meta(ge=-1.0, le=1e12)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Policy = Literal["replace", "any-failed", "min-healthy"]
 WorkerGroup = Literal["node", "rank"]
+CpuBinding = Literal["none", "node", "socket", "exclusive", "core-complex"]
+GpuBinding = Literal["none", "single"]
 
 ANSWER_EVERY = 5
 """The lighthouse answers one of so many beats of a known node, and all of a stranger's: half a beat is its answer."""
@@ -105,6 +107,10 @@ class JobSpec(Part, frozen=True):
     """Modules that each node imports once, before it forks workers."""
     worker_group: WorkerGroup = "node"
     """What policy ``min-healthy`` counts: nodes all of whose workers are well, or ranks."""
+    cpu_binding: CpuBinding = "none"
+    """Which processors of its node each rank gets; torchrun's words."""
+    gpu_binding: GpuBinding = "none"
+    """``single``: each rank sees the GPU of its local rank alone."""
     runtime: SharedText = ""
     """``seamark.RuntimeConfig.to_dict()`` as JSON: how its shards are retried; empty for the defaults."""
     failure_patterns: list[FailurePattern] = []
@@ -226,6 +232,7 @@ class NodeHello(Message, frozen=True):
     """An agent introduces its node. ``address`` is where the lighthouse may knock, to see whether the host lives.
 
     ``draining`` says why no worker is to be placed there, and those that are there leave; empty for a node that serves.
+    ``unhealthy`` says why no job is to be placed there, although what runs there goes on.
     """
 
     type_id = 1
@@ -237,6 +244,7 @@ class NodeHello(Message, frozen=True):
     slots: Count
     software: Short = ""
     draining: Short = ""
+    unhealthy: Short = ""
 
 
 class DrainNode(Message, frozen=True):
@@ -1267,6 +1275,7 @@ class NodeStatus(Part, frozen=True):
     draining: Short = ""
     refused: dict[str, int] = {}
     """Messages that its agent refused its workers, by reason."""
+    unhealthy: Short = ""
 
 
 class MemberStatus(Part, frozen=True):

@@ -67,6 +67,7 @@ from seamarkd.exits import ABORT_EXIT_CODE, PREEMPTION_GRACE, discarded_cause, e
 
 RESEND_INTERVAL = 0.5
 """Seconds between two sendings of a report that nobody acknowledged."""
+UNCHECKED = "its health checks have not ended yet"
 ABORT_PATIENCE = 3.0
 """Seconds that workers of an aborted job have to end by themselves, with the exit code that says why."""
 
@@ -260,6 +261,9 @@ class Agent:
         self.jobs: dict[str, Job] = {}
         self.draining = ""
         """Why its workers leave and no others come; empty while it serves."""
+        self.unhealthy = ""
+        """Why no more jobs come; empty for a node whose checks pass."""
+        self.has_checks = False
         self._new_incarnation = new_incarnation
         self._request = 0
         self._reports: dict[int, Report] = {}
@@ -307,8 +311,21 @@ class Agent:
         return effects
 
     def serve(self) -> list[Effect]:
-        """It takes workers again."""
+        """It takes workers again; one that is checked, once its checks have passed."""
         self.draining = ""
+        if self.has_checks:
+            self.unhealthy = UNCHECKED
+        return [Introduce()]
+
+    def begin_checks(self) -> None:
+        """Before it introduces itself: it has health checks, and none has ended yet."""
+        self.has_checks, self.unhealthy = True, UNCHECKED
+
+    def checked(self, problem: str) -> list[Effect]:
+        """Its health checks have ended: without a problem, or with this one. What runs here goes on."""
+        if problem == self.unhealthy:
+            return []
+        self.unhealthy = problem
         return [Introduce()]
 
     @property

@@ -10,7 +10,7 @@ descriptors beside it where noted:
     request                                         answer, with the request's id
     hello {epoch}                                   ready {pid, modules, forks, culprit, reason, ...}
     start {slot, incarnation, kind, env, log, ...}  started {pid, start_time, ...} + pidfd, progress page
-      kind worker: {argv, module, cwd, num_threads}
+      kind worker: {argv, module, cwd, num_threads, cpus}
       kind store: {host, port}
     signal {slot, incarnation, signum, group}       signalled {reached}
     list                                            known {...} + pidfd, progress page; ...; listed {count}
@@ -65,6 +65,9 @@ PROGRESS_FD = "SEAMARK_PROGRESS_FD"
 PROGRESS_DISCARDED = 8 * 13  # bytes from its beginning
 PROGRESS_NAME = "seamark-progress"
 PROGRESS_BYTES = 4096
+# As seamark.environment names them.
+CHECKPOINT_DIR = "SEAMARK_CHECKPOINT_DIR"
+CHECKPOINT_SECONDS = "SEAMARK_CHECKPOINT_SECONDS"
 
 # torch._dynamo is what the first DistributedDataParallel imports anyway, at a cost of seconds.
 PRELOAD = ("numpy", "torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "seamark.inprocess.wrapper")
@@ -239,6 +242,8 @@ class Worker:
     module: bool
     cwd: str
     num_threads: int
+    cpus: list[int]
+    """The processors it is bound to; none for all that the keeper has."""
 
     def command_line(self) -> list[str]:
         return [sys.executable, *(["-m"] if self.module else []), *self.argv]
@@ -248,6 +253,8 @@ class Worker:
             os.chdir(self.cwd)
         except OSError as error:
             sys.exit(f"can't enter the working directory {self.cwd}: {error.strerror}")
+        bind_to(self.cpus)
+        prepare_checkpoints()
         use_threads(self.num_threads)
         sys.argv = list(self.argv)
         sys.orig_argv = self.command_line()
@@ -311,6 +318,33 @@ class Store:
 
 
 Task = Worker | Store
+
+
+def bind_to(cpus: Sequence[int]) -> None:
+    """Before any thread is started, so that all of them have it."""
+    if cpus:
+        try:
+            os.sched_setaffinity(0, cpus)
+        except OSError as error:
+            print(f"seamark: can't be bound to processors {cpus}: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def prepare_checkpoints() -> None:
+    """Have the directory of checkpoints put in order, here, where it holds up no other process.
+
+    Whatever comes of it the script starts: a directory in disorder is nobody's failed attempt.
+    """
+    directory, seconds = os.environ.get(CHECKPOINT_DIR), os.environ.get(CHECKPOINT_SECONDS)
+    if not directory or not seconds:
+        return
+    try:
+        report = importlib.import_module("seamark.checkpoints").prepare(directory, seconds=float(seconds))
+    except (ModuleNotFoundError, AttributeError):
+        return  # the job's interpreter needn't have Seamark, or this version of it
+    except (OSError, ValueError) as error:
+        report = [f"{directory} can't be put in order: {error}"]
+    for sentence in report:
+        print(f"seamark: {sentence}", file=sys.stderr, flush=True)
 
 
 def prepare_main(main: ModuleType, names: dict[str, Any]) -> None:
@@ -469,6 +503,7 @@ def spawn(task: Task, env: dict[str, str], log: int, page: int) -> int:
     """The same process by exec, safe to do with threads around."""
     if isinstance(task, Worker):
         options = ["--run", str(task.num_threads), "--cwd", task.cwd, *(["--module"] if task.module else [])]
+        options += ["--cpus", ",".join(map(str, task.cpus))] if task.cpus else []
         arguments = [*options, "--", *task.argv]
     else:
         arguments = ["--serve-store", "4", "--host", task.host, "--port", str(task.port)]
@@ -558,7 +593,10 @@ def worker_task(request: Message) -> Worker:
     cwd = text(request, "cwd")
     if not os.path.isdir(cwd):
         raise Refused("bad_cwd", f"the working directory {cwd} doesn't exist on this node")
-    return Worker(argv, flag(request, "module"), cwd, integer(request, "num_threads", 1, 1 << 16))
+    cpus = request.get("cpus", [])
+    if not isinstance(cpus, list) or not all(type(cpu) is int and 0 <= cpu < 1 << 16 for cpu in cpus):
+        raise Refused("malformed", "cpus must be a list of numbers of processors")
+    return Worker(argv, flag(request, "module"), cwd, integer(request, "num_threads", 1, 1 << 16), cpus)
 
 
 def open_log(path: str) -> int:
@@ -1165,6 +1203,7 @@ def main(argv: list[str]) -> Task:
     own = parser.add_argument_group("used by the keeper itself, where it can't fork")
     own.add_argument("--run", type=int, metavar="NUM_THREADS")
     own.add_argument("--cwd")
+    own.add_argument("--cpus", default="")
     own.add_argument("--module", action="store_true")
     own.add_argument("--serve-store", type=int, metavar="FD")
     own.add_argument("--host")
@@ -1172,7 +1211,8 @@ def main(argv: list[str]) -> Task:
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     options = parser.parse_args(ours)
     if options.run is not None:
-        return Worker(theirs, options.module, options.cwd, options.run)
+        cpus = [int(cpu) for cpu in options.cpus.split(",") if cpu]
+        return Worker(theirs, options.module, options.cwd, options.run, cpus)
     if options.serve_store is not None:
         return Store(options.host, options.port, options.serve_store)
     if options.socket is None or options.job is None:

@@ -262,6 +262,7 @@ class KeeperClient:
         log: str,
         num_threads: int,
         module: bool = False,
+        cpus: Sequence[int] = (),
         timeout: float = REQUEST_TIMEOUT,
     ) -> Held:
         """Start a worker; asked again for the same slot and incarnation, the same answer.
@@ -275,6 +276,7 @@ class KeeperClient:
             log: the file its output is appended to.
             num_threads: threads of torch and of numpy's linear algebra.
             module: run it as ``python -m``.
+            cpus: the processors it is bound to; none for all that the keeper has.
             timeout: seconds.
 
         Raises:
@@ -291,6 +293,7 @@ class KeeperClient:
             "log": log,
             "num_threads": num_threads,
             "module": module,
+            "cpus": list(cpus),
         }
         return _held(await self._ask(request, timeout))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,9 @@ import click
 import zmq
 
 from seamarkd import daemon
+from seamarkd.agent.health import HealthChecks
+from seamarkd.agent.logfiles import LogLimits
+from seamarkd.agent.notice import NoticeWatch
 from seamarkd.agent.shell import AgentShell
 from seamarkd.agent.wires import NotThisHostError
 from seamarkd.cli.exit_codes import TERMINATED
@@ -16,19 +22,31 @@ from seamarkd.epoch import next_epoch
 from seamarkd.paths import private
 from seamarkd.settings import SettingsError
 
+log = logging.getLogger(__name__)
+
 LINGER = 3_600.0
 """Seconds that keepers and workers live on without an agent before they end themselves."""
 
 
 class _Served:
-    def __init__(self, shell: AgentShell) -> None:
+    def __init__(self, shell: AgentShell, notice: str) -> None:
         self._shell = shell
+        self._why = "its agent was told to end (SIGTERM)"
+        self._notices = NoticeWatch(notice, self._on_notice) if notice else None
+
+    def _on_notice(self, why: str) -> None:
+        log.warning("%s: this node is left", why)
+        self._why = why
+        # What a notice means is what SIGTERM means.
+        os.kill(os.getpid(), signal.SIGTERM)
 
     async def leave(self) -> int:
-        await self._shell.leave("its agent was told to end (SIGTERM)")
+        await self._shell.leave(self._why)
         return TERMINATED
 
     async def close(self) -> None:
+        if self._notices is not None:
+            self._notices.close()
         self._shell.close()
 
 
@@ -71,13 +89,20 @@ def command(
             linger=LINGER,
             key=chosen.key("node", name),
             keys=chosen.keys_directory,
+            logs=LogLimits(chosen.log.worker_max_bytes, chosen.log.worker_generations),
+            health=HealthChecks(
+                tuple(chosen.agent.health_checks),
+                chosen.agent.health_interval,
+                chosen.agent.health_timeout,
+                (chosen.state_directory, directory),
+            ),
         )
         try:
             await shell.start()
         except NotThisHostError as error:
             shell.close()
             raise SettingsError([f"agent.host: {error}: give the name or address that others reach it by"]) from None
-        return _Served(shell)
+        return _Served(shell, chosen.agent.preemption_notice)
 
     daemon.run("agent", chosen, start)
 

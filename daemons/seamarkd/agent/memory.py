@@ -47,6 +47,7 @@ class Memory:
     def forget(self, job: str) -> None:
         """Nothing of this job is left on this node."""
         self._path(job).unlink(missing_ok=True)
+        self.digests(job).unlink(missing_ok=True)
 
     def read(self) -> list[Remembered]:
         """All jobs; a file that can't be read is named in the log and left alone."""
@@ -57,6 +58,10 @@ class Memory:
             except (OSError, msgspec.DecodeError) as error:
                 log.error("can't read %s, its job is not taken up: %s", path, error)
         return found
+
+    def digests(self, job: str) -> Path:
+        """Where the job's workers write down which checkpoints of it they have hashed."""
+        return self._path(job).with_suffix(".digests")
 
     def _path(self, job: str) -> Path:
         return self._directory / f"{quote(job, safe='')}.json"

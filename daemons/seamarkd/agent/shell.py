@@ -19,8 +19,9 @@ from msgspec import Struct, field
 from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS, SECURITY_KEYS, STORE_OFFSET
 from seamark.progress import ProgressPage
 from seamark.protocol.keys import Key
-from seamark.protocol.messages import JobProgress, StoreAddress
+from seamark.protocol.messages import JobProgress, JobSpec, StoreAddress
 from seamarkd.agent.core import (
+    UNCHECKED,
     Agent,
     Effect,
     EndWorker,
@@ -36,14 +37,16 @@ from seamarkd.agent.core import (
     WatchWorker,
 )
 from seamarkd.agent.hang import HangWatch, Reading
+from seamarkd.agent.health import HealthChecks, probe, summary
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
 from seamarkd.agent.keeper_client import Process as KeeperProcess
+from seamarkd.agent.logfiles import LogLimits, LogWatch, log_path, log_tail, remove_outdated
 from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.oom import OomKills, own_counter
 from seamarkd.agent.ports import PortsTaken, candidates
 from seamarkd.agent.watch import DeathWatch, How, is_stopped
 from seamarkd.agent.wires import Wires
-from seamarkd.agent.workers import environment, log_path, log_tail, runs_since, threads_per_worker
+from seamarkd.agent.workers import cpus, environment, runs_since, threads_per_worker
 from seamarkd.exits import PREEMPTION_GRACE
 
 log = logging.getLogger(__name__)
@@ -111,6 +114,8 @@ class AgentShell:
         linger: seconds its keepers wait for another agent when this one is gone; None for ever.
         key: what it speaks with over TCP; None to speak in the clear.
         keys: the directory in which its workers find theirs, for a Manager or a listener; None where no keys are used.
+        logs: how much of the workers' output is kept.
+        health: what is checked before this node takes workers.
     """
 
     def __init__(
@@ -128,6 +133,8 @@ class AgentShell:
         linger: float | None,
         key: Key | None = None,
         keys: Path | None = None,
+        logs: LogLimits = LogLimits(),  # noqa: B008 - frozen
+        health: HealthChecks = HealthChecks(),  # noqa: B008 - frozen
     ) -> None:
         self.core = Agent(node, lambda: secrets.token_hex(8))
         self._run_directory = run_directory
@@ -135,7 +142,13 @@ class AgentShell:
         self._epoch = epoch
         self._linger = linger
         self._memory = Memory(run_directory / "jobs")
+        self._log_limits = logs
+        self._log_watch = LogWatch(logs.max_bytes)
         self._draining = run_directory / "draining"
+        self._health = health
+        self._check_now = asyncio.Event()
+        if health.checks:
+            self.core.begin_checks()
         if self._draining.exists():
             self.core.drain(self._draining.read_text())
         self._loop = asyncio.get_running_loop()
@@ -169,6 +182,8 @@ class AgentShell:
         await self._wires.start(self._host, self._slots)
         self._wires.repeat(self._report_progress)
         self._wires.repeat(self._look_for_hangs)
+        if self._health.checks:
+            self._spawn(self._check_health())
 
     async def leave(self, why: str) -> None:
         """This host goes away: its workers are asked to end, and as soon as they have, it serves no longer."""
@@ -191,6 +206,7 @@ class AgentShell:
     def close(self) -> None:
         """Stops serving; workers and keepers live on, for the next start of this agent."""
         self._wires.close()
+        self._log_watch.close()
         for task in self._tasks:
             task.cancel()
         for kept in self._kept.values():
@@ -238,11 +254,12 @@ class AgentShell:
         roster = job.roster
         if roster is not None:
             kept.logs = {
-                worker.incarnation: log_path(roster.spec, slot)
+                worker.incarnation: log_path(roster.spec, slot, worker.generation)
                 for worker in (*job.workers.values(), *job.exited.values())
                 for slot in roster.slots
                 if slot.member == worker.member
             }
+            self._watch_logs(job.name)
         known = {held.process.incarnation: (held.process.pid, held.process.forked_at) for held in processes}
         self._perform(self.core.adopt(time.monotonic(), job, known))
         for held in ended:
@@ -282,6 +299,8 @@ class AgentShell:
                     self._spawn(self._end_worker(job, incarnation, grace))
                 case Introduce():
                     self._keep_draining()
+                    if self.core.unhealthy == UNCHECKED:
+                        self._check_now.set()
                 case StartKeeper():
                     self._spawn(self._start_keeper(effect))
                 case StartStore():
@@ -302,6 +321,24 @@ class AgentShell:
                 self._draining.unlink(missing_ok=True)
         except OSError as error:
             log.error("can't write down that this node drains: %s", error)
+
+    async def _check_health(self) -> None:
+        """At the start, after each ``undrain``, and from time to time."""
+        while True:
+            self._check_now.clear()
+            try:
+                problem = summary(await probe(self._health.checks, self._health.directories, self._health.timeout))
+            except OSError as error:
+                problem = f"its health checks can't be run: {error}"
+            if not self._check_now.is_set():
+                before = self.core.unhealthy
+                self._perform(self.core.checked(problem))
+                if problem and problem != before:
+                    log.error("this node takes no more jobs: %s", problem)
+                elif before and not problem:
+                    log.info("this node's health checks pass")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._check_now.wait(), self._health.interval)
 
     def _remember(self, name: str) -> None:
         job = self.core.jobs.get(name)
@@ -337,13 +374,15 @@ class AgentShell:
 
     async def _spawn_keeper(self, job: str, socket: str) -> KeeperClient:
         spec = self.core.spec(job)
+        keeper_log, _ = _other_logs(spec)
+        self._watch_logs(job)
         keeper = await KeeperClient.spawn(
             spec.python,
             socket,
             job=job,
             env=spec.env,
             cwd=spec.cwd,
-            log=str(Path(spec.log_dir) / "keeper.log"),
+            log=str(keeper_log),
             epoch=self._epoch,
             on_exited=lambda process: self._exited(job, process),
             on_closed=lambda why: self._lost_keeper(job, why),
@@ -365,18 +404,23 @@ class AgentShell:
         roster = self.core.jobs[order.job].roster
         assert roster is not None
         slot = next(slot for slot in roster.slots if slot.member == order.member)
-        path = kept.logs[order.incarnation] = log_path(roster.spec, slot)
+        path = kept.logs[order.incarnation] = log_path(roster.spec, slot, roster.generation)
+        if roster.generation >= self._log_limits.generations:
+            remove_outdated(path, self._log_limits.generations)
+        self._watch_logs(order.job)
+        digests = self._memory.digests(order.job)
         held = await keeper.start_worker(
             order.member,
             order.incarnation,
             roster.spec.argv,
             env=self._lighthouse_environment
-            | environment(roster, slot, order.incarnation, self._wires.address)
+            | environment(roster, slot, order.incarnation, self._wires.address, digests)
             | self._keys_environment,
             cwd=roster.spec.cwd,
             log=str(path),
             num_threads=threads_per_worker(roster.spec),
             module=roster.spec.module,
+            cpus=cpus(roster, slot),
         )
         if held.process.status is not None or order.incarnation in kept.ended or order.incarnation in kept.processes:
             kept.ended.discard(order.incarnation)
@@ -387,6 +431,9 @@ class AgentShell:
         kept.processes[order.incarnation] = Process(held, page, watch)
         pid, forked_at = held.process.pid, held.process.forked_at
         self._perform(self.core.worker_started(time.monotonic(), order.job, order.incarnation, pid, forked_at))
+
+    def _watch_logs(self, job: str) -> None:
+        self._log_watch.watch(job, (*_other_logs(self.core.spec(job)), *self._kept[job].logs.values()))
 
     def _watch(self, job: str, held: Held, page: ProgressPage) -> DeathWatch:
         incarnation = held.process.incarnation
@@ -495,6 +542,7 @@ class AgentShell:
     async def _listen(self, keeper: KeeperClient, order: StartStore) -> KeeperProcess:
         """Starts the store on the first free pair of ports."""
         spec = self.core.spec(order.job)
+        _, store_log = _other_logs(spec)
         again = self.core.jobs[order.job].master_port
         for port in [again] if again else candidates(self._host, order.fixed):
             try:
@@ -504,7 +552,7 @@ class AgentShell:
                     host=self._host,
                     port=port + STORE_OFFSET,
                     env=spec.env,
-                    log=str(Path(spec.log_dir) / "store.log"),
+                    log=str(store_log),
                 )
             except KeeperError as error:
                 if error.code != "port_in_use":
@@ -526,6 +574,7 @@ class AgentShell:
             await self._end_job(order.job, kept, order.grace, final=order.final)
             if order.final:
                 self._kept.pop(order.job, None)
+                self._log_watch.watch(order.job, ())
         self._perform(self.core.stopped(time.monotonic(), order.job))
 
     async def _end_job(self, job: str, kept: Kept, grace: float, *, final: bool = True) -> None:
@@ -571,6 +620,11 @@ class AgentShell:
                     grace = reading.timeouts.grace
                     self._perform(self.core.hangs(now, name, incarnation, reading.iteration, verdict, grace))
         return HANG_INTERVAL
+
+
+def _other_logs(spec: JobSpec) -> tuple[Path, Path]:
+    """Of a job's keeper and of its TCPStore service."""
+    return Path(spec.log_dir) / "keeper.log", Path(spec.log_dir) / "store.log"
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -206,7 +206,7 @@ class Wires:
 
     def _introduce(self, daemon: Channel) -> None:
         if self._hello is not None:
-            daemon.send(replace(self._hello, draining=self._core.draining))
+            daemon.send(replace(self._hello, draining=self._core.draining, unhealthy=self._core.unhealthy))
 
     def _on_event(self, topic: bytes, message: Message) -> None:
         if isinstance(message, Event | EventBeat):

@@ -1,4 +1,4 @@
-"""What a worker process is given: its environment, its log file, its share of the cores."""
+"""What a worker process is given: its environment, its share of the cores."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import psutil
 from seamark import environment as names
 from seamark.protocol.messages import JobSpec, Roster, Slot
 from seamark.store.state_dict import ENVIRONMENT as SHARED_STATE
+from seamarkd.agent.binding import VISIBLE_DEVICES, cpu_sets, host_topology, single_gpu, visible
 
 START_TOLERANCE = 1.0
 """Seconds; the kernel keeps the start of a process in hundredths."""
-TAIL_LINES = 20
-TAIL_BYTES = 16_384
 
 
-def environment(roster: Roster, slot: Slot, incarnation: str, address: str) -> dict[str, str]:
-    """The variables of one worker: the job's, torchrun's, and ours."""
+def environment(roster: Roster, slot: Slot, incarnation: str, address: str, digests: Path) -> dict[str, str]:
+    """The variables of one worker: the job's, torchrun's, and ours.
+
+    Args:
+        roster, slot, incarnation: which worker.
+        address: the agent's door.
+        digests: where this node's processes write down which checkpoints they have hashed.
+    """
     spec = roster.spec
     local_world_size = sum(other.node == slot.node for other in roster.slots)
     env = dict(spec.env)
@@ -45,10 +50,15 @@ def environment(roster: Roster, slot: Slot, incarnation: str, address: str) -> d
         names.NODE: slot.node,
         names.MIN_WORLD_SIZE: str(roster.min_members),
     }
+    if spec.gpu_binding == "single":
+        env[VISIBLE_DEVICES] = single_gpu(spec.env, slot.local_rank)
     if roster.state:
         env[SHARED_STATE] = roster.state
     if spec.checkpoint_dir:
         env[names.CHECKPOINT_DIR] = spec.checkpoint_dir
+        env[names.CHECKPOINT_DIGESTS] = str(digests)
+        # The other half is for the script's own start.
+        env[names.CHECKPOINT_SECONDS] = str(roster.join_timeout / 2)
     return env
 
 
@@ -60,6 +70,16 @@ def threads_per_worker(spec: JobSpec) -> int:
     return max(1, (os.cpu_count() or 1) // spec.nproc_per_node)
 
 
+def cpus(roster: Roster, slot: Slot) -> list[int]:
+    """The processors that a worker is bound to; none where it is not."""
+    spec = roster.spec
+    if spec.cpu_binding == "none":
+        return []
+    local_ranks = [other.local_rank for other in roster.slots if other.node == slot.node]
+    topology = visible(host_topology(), spec.env)
+    return sorted(cpu_sets(topology, max(local_ranks) + 1, spec.cpu_binding)[slot.local_rank])
+
+
 def runs_since(pid: int, started_at: float) -> bool:
     """True if this process id is that of a process started then (monotonic seconds), and not of a later one."""
     try:
@@ -68,20 +88,3 @@ def runs_since(pid: int, started_at: float) -> bool:
     except psutil.NoSuchProcess:
         return False
     return abs(time.monotonic() - age - started_at) < START_TOLERANCE
-
-
-def log_path(spec: JobSpec, slot: Slot) -> Path:
-    """The log file of a rank; a replacement appends to it."""
-    return Path(spec.log_dir) / f"rank_{slot.rank}.log"
-
-
-def log_tail(path: Path) -> list[str]:
-    """The last lines of a log file; empty if there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return []
-    return text.splitlines()[-TAIL_LINES:]

@@ -5,6 +5,7 @@ Each check looks at one thing and gives lines; nothing is changed. What can't be
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import platform
@@ -27,10 +28,11 @@ from rich.console import Console
 from rich.text import Text
 
 from seamark.protocol.messages import CoordinatorStatus, LighthouseStatus
+from seamarkd.agent.health import Finding, probe
 from seamarkd.cli.events import on_this_host
 from seamarkd.cli.exit_codes import CONFIGURATION, FAILED, SUCCEEDED
 from seamarkd.cli.status import ask_one, duration, plain
-from seamarkd.settings import Settings, SettingsError, config_path, load
+from seamarkd.settings import HEALTH_CHECKS, Settings, SettingsError, config_path, load
 
 ASK_TIMEOUT = 0.5
 CLOCK_TOLERANCE = 0.5
@@ -89,6 +91,7 @@ def doctor(config: Path | None) -> int:
         *versions(),
         supervisor(),
         gpus(Path("/dev")),
+        *health(settings),
     ]
     for check in checks:
         show(console, check)
@@ -354,6 +357,30 @@ def supervisor() -> Check:
     if found:
         return Check("ok", f"supervisord: {found}")
     return Check("problem", "supervisord: not found", f"{sys.executable} -m pip install supervisor")
+
+
+def health(settings: Settings) -> list[Check]:
+    """What the agent's health checks find now; those of Seamark's own that are not configured are run, too."""
+    configured = settings.agent.health_checks
+    checks = [*configured, *(check for check in HEALTH_CHECKS if check not in configured)]
+    try:
+        directories = [settings.state_directory, settings.run_directory]
+    except OSError:
+        return []  # said above
+    return [
+        health_check(finding, configured=finding.check in configured)
+        for finding in asyncio.run(probe(checks, directories, settings.agent.health_timeout))
+    ]
+
+
+def health_check(finding: Finding, *, configured: bool) -> Check:
+    """A finding: a problem where it keeps jobs away from this node."""
+    name = f"health check {finding.check}"
+    if not finding.problem:
+        return Check("ok", f"{name}: passes" if configured else f"{name}: passes, not configured")
+    if configured:
+        return Check("problem", f"{name}: {finding.problem}", "no job is placed here until it passes")
+    return Check("warning", f"{name}: {finding.problem}", "agent.health_checks would keep jobs away from this node")
 
 
 def gpus(devices: Path) -> Check:

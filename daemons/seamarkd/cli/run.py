@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 import click
 import msgspec
@@ -22,8 +23,10 @@ from rich.markup import escape
 from rich.text import Text
 
 from seamark.protocol.messages import (
+    CpuBinding,
     FailurePattern,
     FollowJob,
+    GpuBinding,
     JobSpec,
     JobStatus,
     Message,
@@ -129,6 +132,23 @@ class NodeRange(click.ParamType[tuple[int, int]]):
     "Add your script's slow modules; none for nothing.",
 )
 @click.option(
+    "--cpu-binding",
+    type=click.Choice(get_args(CpuBinding)),
+    default="none",
+    show_default=True,
+    help="Which processors each rank is bound to, as with torchrun --numa-binding: all of its GPU's NUMA node (node), "
+    "all of that node's socket, its own share of the node's cores (exclusive), or the cores of one last-level cache "
+    "(core-complex). Ranks without a GPU are spread over the nodes.",
+)
+@click.option(
+    "--gpu-binding",
+    type=click.Choice(get_args(GpuBinding)),
+    default="none",
+    show_default=True,
+    help="single: each rank sees only the GPU of its local rank (CUDA_VISIBLE_DEVICES), which is its cuda:0. "
+    "none: all see all, as under torchrun.",
+)
+@click.option(
     "--independent",
     is_flag=True,
     help="The ranks don't communicate, they share shards of data (docs/shards.md): who fails is started anew alone.",
@@ -160,6 +180,8 @@ def run(
     master_port: int | None,
     join_timeout: float,
     preload: str,
+    cpu_binding: CpuBinding,
+    gpu_binding: GpuBinding,
     independent: bool,
     runtime_config: Path | None,
     python: str,
@@ -225,6 +247,8 @@ def run(
         join_timeout=join_timeout,
         preload=_modules(preload),
         worker_group=worker_group,  # type: ignore[arg-type]
+        cpu_binding=cpu_binding,
+        gpu_binding=gpu_binding,
         runtime=runtime,
         failure_patterns=patterns,
         independent=independent,

@@ -240,8 +240,11 @@ def _nodes(picture: Picture, coordinator: CoordinatorStatus | str, lighthouse: L
         if word:
             picture.problems.append(f"node {name}: {word}, last beat {duration(beat.beat_age)} ago")
         draining = places[name].draining if name in places else ""
-        usual = f"drains: {draining}" if draining else "ok"
-        picture.nodes.append(Row((name, slots, duration(beat.beat_age), word or usual), bad=bool(word)))
+        unhealthy = places[name].unhealthy if name in places else ""
+        if unhealthy:
+            picture.problems.append(f"node {name} takes no more jobs: {unhealthy}")
+        usual = f"drains: {draining}" if draining else f"takes no more jobs: {unhealthy}" if unhealthy else "ok"
+        picture.nodes.append(Row((name, slots, duration(beat.beat_age), word or usual), bad=bool(word or unhealthy)))
 
 
 def _jobs(picture: Picture, coordinator: CoordinatorStatus, waiting: dict[str, str]) -> None:

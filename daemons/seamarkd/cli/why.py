@@ -108,17 +108,13 @@ def why(target: Target | None, number: int | None, as_json: bool, config: Path |
       seamark why infer-41c7/inputs/12      to shard 12 of data set inputs
     """
     home = state_directory() / "standalone"
-    directory = home / target.job if target else _latest(home)
-    try:
-        if directory is not None and (directory / "manifest.db").exists():
-            target = target or Target(directory.name)
-            address = directory / ADDRESS_FILE
-            running = _ask(address.read_text(), target) if address.exists() else None
-            story = running or _read(directory / "manifest.db", target)
-        elif target is not None:
-            story = _of_the_suite(load(config, os.environ, {}), target)
-        else:
+    if target is None:
+        directory = _latest(home)
+        if directory is None:
             raise click.UsageError(f"which JOB? There is no standalone job in {home}")
+        target = Target(directory.name)
+    try:
+        story = _of(target, config)
     except RefusedError as error:
         known = ", ".join(sorted(path.name for path in home.glob("*") if path.is_dir())) or "none"
         raise click.UsageError(f"{error}; standalone jobs in {home}: {known}") from None
@@ -132,6 +128,25 @@ def why(target: Target | None, number: int | None, as_json: bool, config: Path |
         show(console, target.job, story.summary, story.incidents, every_rank=number is not None)
     show_decisions(console, target, story.decisions, story.now)
     return 0
+
+
+def incidents_of(job: str, config: Path | None) -> list[Incident]:
+    """What happened to a job, standalone or of the suite, from its coordinator or from what that left.
+
+    Raises:
+        RefusedError: there is no such job.
+        SettingsError: the configuration is invalid.
+    """
+    return _of(Target(job), config).incidents
+
+
+def _of(target: Target, config: Path | None) -> Story:
+    directory = state_directory() / "standalone" / target.job
+    if not (directory / "manifest.db").exists():
+        return _of_the_suite(load(config, os.environ, {}), target)
+    address = directory / ADDRESS_FILE
+    running = _ask(address.read_text(), target) if address.exists() else None
+    return running or _read(directory / "manifest.db", target)
 
 
 def _narrow(story: Story, target: Target, number: int | None) -> None:

@@ -186,7 +186,7 @@ class Coordinator:
     # --- nodes ---------------------------------------------------------------------------------------------
 
     def _hello(self, now: float, route: bytes, hello: NodeHello) -> list[Effect]:
-        self.nodes[hello.node] = Node(route, hello.slots, now, hello.draining)
+        self.nodes[hello.node] = Node(route, hello.slots, now, hello.draining, hello.unhealthy)
         effects: list[Effect] = [Send(route, Welcome(self.epoch)), *self._wish(hello.node)]
         for job in self.jobs.values():
             if job.state not in ENDED and any(slot.node == hello.node for slot in job.slots):
@@ -302,7 +302,7 @@ class Coordinator:
         return {
             name: self.nodes[name].slots - taken.get(name, 0)
             for name in dict.fromkeys([*own, *self.nodes])
-            if self._beats(now, name) and not self.nodes[name].draining
+            if self._beats(now, name) and not self.nodes[name].draining and not self.nodes[name].unhealthy
         }
 
     def _place(self, now: float, job: Job) -> list[Effect]:
@@ -439,7 +439,7 @@ class Coordinator:
             uptime=0.0,
             trouble=self.trouble,
             nodes=[
-                NodeStatus(name, node.slots, used.get(name, 0), node.draining, node.refused)
+                NodeStatus(name, node.slots, used.get(name, 0), node.draining, node.refused, node.unhealthy)
                 for name, node in sorted(self.nodes.items())
             ],
             jobs=[status(job, now) for job in self.jobs.values()],

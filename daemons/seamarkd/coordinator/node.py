@@ -12,6 +12,8 @@ class Node(Struct):
     slots: int
     last_beat: float
     draining: str = ""
-    """Why it gets no workers."""
+    """Why it gets no workers, and those that it has leave."""
+    unhealthy: str = ""
+    """Why it gets no workers but those that replace one in its place."""
     refused: dict[str, int] = field(default_factory=dict)
     """What its agent refused its workers, by reason."""
