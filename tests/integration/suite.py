@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from standalone import Run, descendants_of, wait_for
 
 from seamarkd.cli.status import ask, assess
@@ -190,3 +191,25 @@ def suite(home: Path, **more: Any) -> Iterator[Suite]:
     finally:
         made.command("down", code=None)
     wait_for("processes of the suite to end", lambda: not descendants_of(str(home)), 20.0)
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """A file system of this size (as tmpfs takes it) at this place, in a mount namespace of its own.
+
+    Yields:
+        The process that holds the namespace, and what a command has to be run by to be in it.
+    """
+    place.mkdir(parents=True)
+    user = [] if os.geteuid() == 0 else ["--map-root-user"]
+    mount = f"mount -t tmpfs -o size={size} tmpfs '{place}' && echo mounted && exec sleep infinity"
+    holder = subprocess.Popen(["unshare", "--mount", *user, "sh", "-c", mount], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        if holder.stdout.readline() != "mounted\n":
+            pytest.skip("this host allows no mount namespace")
+        join = ["--user", "--preserve-credentials"] if user else []
+        yield holder.pid, ("nsenter", "--target", str(holder.pid), "--mount", *join)
+    finally:
+        holder.kill()
+        holder.wait()
