@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -179,6 +180,17 @@ class Following:
     def close(self) -> None:
         self.process.terminate()
         assert self.process.wait(30.0) == -signal.SIGTERM
+
+
+def keepers(name: str) -> list[psutil.Process]:
+    """The keepers of a job."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if ("--job", name) in itertools.pairwise(words) and "--socket" in words:
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
 
 
 @contextmanager

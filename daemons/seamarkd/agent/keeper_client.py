@@ -122,6 +122,8 @@ class KeeperClient:
     """
 
     ready: Ready
+    superseded = False
+    """Whether a newer agent has taken the keeper over."""
 
     def __init__(
         self,
@@ -262,6 +264,7 @@ class KeeperClient:
         log: str,
         num_threads: int,
         module: bool = False,
+        held: bool = False,
         timeout: float = REQUEST_TIMEOUT,
     ) -> Held:
         """Start a worker; asked again for the same slot and incarnation, the same answer.
@@ -275,6 +278,7 @@ class KeeperClient:
             log: the file its output is appended to.
             num_threads: threads of torch and of numpy's linear algebra.
             module: run it as ``python -m``.
+            held: nothing of it runs before `release`; if the keeper is killed before that, it ends.
             timeout: seconds.
 
         Raises:
@@ -291,8 +295,17 @@ class KeeperClient:
             "log": log,
             "num_threads": num_threads,
             "module": module,
+            "held": held,
         }
         return _held(await self._ask(request, timeout))
+
+    async def release(self, slot: str, incarnation: str, *, timeout: float = REQUEST_TIMEOUT) -> None:
+        """Let a worker run that was started as held; again, it has no effect.
+
+        Raises:
+            KeeperError: the keeper has no such process (`code` "unknown_process").
+        """
+        await self._ask({"type": "release", "slot": slot, "incarnation": incarnation}, timeout)
 
     async def start_store(
         self,
@@ -505,6 +518,7 @@ class KeeperClient:
         if message["type"] == "exited":
             self._on_exited(_process(message))
         elif message["type"] == "superseded":
+            self.superseded = True
             self._lose(f"an agent of epoch {message['epoch']} has taken the keeper over")
         elif message["id"] in self._answers:
             self._answers[message["id"]].put_nowait(packet)
