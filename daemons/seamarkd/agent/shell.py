@@ -42,7 +42,7 @@ from seamarkd.agent.keeper_client import Process as KeeperProcess
 from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.orphans import Orphan
 from seamarkd.agent.ports import PortsTaken, candidates
-from seamarkd.agent.watch import DeathWatch, How, is_stopped
+from seamarkd.agent.watch import DeathWatch, How
 from seamarkd.agent.wires import Wires
 from seamarkd.agent.workers import environment, log_path, log_tail, threads_per_worker
 from seamarkd.exits import NOT_STARTED, PREEMPTION_GRACE, UNKNOWN_STATUS
@@ -718,7 +718,7 @@ class AgentShell:
         now = time.monotonic()
         for name, kept in self._kept.items():
             for incarnation, process in list(kept.processes.items()):
-                reading = Reading.of(process.page, stopped=is_stopped(process.held.process.pid))
+                reading = Reading.of(process.page, stopped=process.watch.stopped)
                 verdict = process.hang.look(now, reading)
                 if verdict is not None:
                     log.warning("job %s: %s: %s", name, process.held.process.slot, verdict.text)
