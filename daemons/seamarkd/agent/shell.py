@@ -85,6 +85,8 @@ class Kept(Struct):
     """By incarnation: whose keeper was killed; the store's service, too."""
     store: str = ""
     store_process: Held | None = None
+    store_born: tuple[int, float] = (0, 0.0)
+    """Its process id and the time of its fork, also before this agent has it."""
     adopted: bool = False
     """An earlier agent started the keeper: it ends when it is told to, not when this agent gives up connecting."""
     ending: bool = False
@@ -103,6 +105,11 @@ class Kept(Struct):
         if self.store_process is not None:
             self.store_process.close()
             self.store_process = None
+
+    def keep_store(self, held: Held | None) -> None:
+        """From now on that is the store's process."""
+        self.store_process = held
+        self.store_born = (held.process.pid, held.process.forked_at) if held is not None else (0, 0.0)
 
     def close_processes(self) -> None:
         """Closes the workers' descriptors."""
@@ -212,17 +219,19 @@ class AgentShell:
                 on_closed=lambda why: self._lost_keeper(job.name, why),
             )
         )
-        kept = self._kept[job.name] = Kept(connecting, remembered.keeper, store=job.store_incarnation, adopted=True)
+        kept = self._kept[job.name] = Kept(
+            connecting, remembered.keeper, store=job.store_incarnation, store_born=remembered.store, adopted=True
+        )
         for worker in [one for one in job.workers.values() if one.orphan]:
             self._take_up_orphan(job, kept, worker)
-        work = self._take_up(job, kept, remembered.store)
+        work = self._take_up(job, kept)
         if any(worker.pid and not worker.orphan for worker in (*job.workers.values(), *job.exited.values())):
             await work
         else:
             # Its keeper may still import torch, for seconds in which the other jobs' workers want their agent.
             self._spawn(work)
 
-    async def _take_up(self, job: Job, kept: Kept, store: tuple[int, float]) -> None:
+    async def _take_up(self, job: Job, kept: Kept) -> None:
         connecting = kept.keeper
         processes: list[Held] = []
         try:
@@ -240,7 +249,7 @@ class AgentShell:
         ended: list[Held] = []
         for held in processes:
             if held.process.slot == STORE_SLOT and held.process.status is None:
-                kept.store_process = held
+                kept.keep_store(held)
                 if held.process.incarnation == job.store_incarnation and not job.store.port:
                     self._store_listens(job.name, held.process)
             elif held.process.status is not None:
@@ -263,7 +272,7 @@ class AgentShell:
             if worker.incarnation in job.workers and worker.incarnation not in kept.processes:
                 self._take_up_orphan(job, kept, worker)
             known[worker.incarnation] = (worker.pid, worker.forked_at)
-        store_lost = kept.store_process is None and job.has_store and not self._take_up_store(job, kept, store)
+        store_lost = kept.store_process is None and job.has_store and not self._take_up_store(job, kept)
         if store_lost and roster is None:
             job.store = StoreAddress()
         self._perform(self.core.adopt(time.monotonic(), job, known))
@@ -296,12 +305,12 @@ class AgentShell:
             self._take_in(job, kept, held)
             self._keep_orphan(job.name, kept, held)
 
-    def _take_up_store(self, job: Job, kept: Kept, process: tuple[int, float]) -> bool:
+    def _take_up_store(self, job: Job, kept: Kept) -> bool:
         """Whether it lives."""
-        pid, forked_at = process
+        pid, forked_at = kept.store_born
         held = orphans.take_up(STORE_SLOT, job.store_incarnation, pid, forked_at) if pid else None
+        kept.keep_store(held)
         if held is not None:
-            kept.store_process = held
             self._keep_orphan(job.name, kept, held)
         return held is not None
 
@@ -381,9 +390,7 @@ class AgentShell:
             return
         try:
             kept = self._kept.get(name)
-            store = kept.store_process.process if kept is not None and kept.store_process is not None else None
-            process = (store.pid, store.forked_at) if store is not None else (0, 0.0)
-            self._memory.write(Remembered(job, kept.socket if kept is not None else "", process))
+            self._memory.write(Remembered(job, kept.socket, kept.store_born) if kept else Remembered(job, ""))
         except OSError as error:
             log.error("job %s: can't write down what this node has to do for it: %s", name, error)
 
@@ -548,7 +555,7 @@ class AgentShell:
         if ended.slot == STORE_SLOT:
             if kept.store_process is not None and kept.store_process.process.incarnation == ended.incarnation:
                 kept.store_process.close()
-                kept.store_process = None
+                kept.keep_store(None)
             if ended.incarnation == kept.store and not kept.ending:
                 log.warning("job %s: the TCPStore service ended with status %d, starting another", job, ended.status)
                 self._perform(self.core.store_exited(job))
@@ -621,7 +628,8 @@ class AgentShell:
                 return
             self._perform(self.core.prepare_failed(order.job, str(error)))
             return
-        kept.store, kept.store_process = order.incarnation, held
+        kept.store = order.incarnation
+        kept.keep_store(held)
         if kept.keeper is not connecting:
             self._keep_orphan(order.job, kept, held)
         if again:
