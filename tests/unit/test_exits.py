@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from seamarkd.agent.orphans import exit_status
+from seamarkd.agent.workers import runs_since
 from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS, exit_cause
 
 
@@ -41,3 +43,12 @@ def test_the_status_of_a_process_that_nobody_has_reaped(ends: str, status: int) 
         assert exit_status(process.pid, pidfd) in (status, UNKNOWN_STATUS)
     finally:
         os.close(pidfd)
+
+
+def test_a_process_is_known_again_by_its_start() -> None:
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert runs_since(process.pid, began)
+        assert not runs_since(process.pid, began - 2.0)
+        assert not runs_since(process.pid, began + 2.0)
+    assert not runs_since(process.pid, began)
