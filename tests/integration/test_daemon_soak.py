@@ -27,7 +27,7 @@ from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
 pytestmark = pytest.mark.suite
 
 LONG = "SEAMARK_SOAK" in os.environ
-SECONDS = float(os.environ.get("SEAMARK_SOAK", "8"))
+SECONDS = float(os.environ.get("SEAMARK_SOAK", "6"))
 """The proof is two minutes: ``SEAMARK_SOAK=120 SEAMARK_SEED=1 pytest tests/integration/test_daemon_soak.py``."""
 SEED = int(os.environ.get("SEAMARK_SEED", "0"))
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "daemon_soak.json"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from standalone import Run, wait_for
 from suite import Suite, keepers, suite
@@ -58,6 +60,17 @@ def end(run: Run, number: int, code: int) -> None:
     (run.home / f"end-{number}").write_text(str(code))
 
 
+def stores(cluster: Suite) -> list[psutil.Process]:
+    """The TCPStore services of this suite's jobs that serve."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            own = process.environ().get("XDG_STATE_HOME") == cluster.env["XDG_STATE_HOME"]
+            if own and "torch.distributed.TCPStore" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def told(run: Run, sentence: str) -> None:
     """Waits until that is how the rank has ended."""
 
@@ -103,6 +116,20 @@ def test_what_nobody_saw_is_said_to_be_unknown(cluster: Suite, run: Run) -> None
     life(run, 1)
     end(run, 1, 0)
     assert run.finish() == 0, run.text()
+
+
+def test_the_store_of_a_lost_keeper_is_started_again_on_its_port(cluster: Suite, run: Run) -> None:
+    life(run, 0)
+    first = wait_for("the store", lambda: stores(cluster))
+    lose_keeper(run)
+    assert wait_for("another keeper", lambda: keepers(run.name))
+    assert stores(cluster) == first, "it lives on"
+    first[0].kill()
+    second = wait_for("another store", lambda: [one for one in stores(cluster) if one.pid != first[0].pid])
+    assert len(second) == 1
+    end(run, 0, 0)
+    assert run.finish() == 0, run.text()
+    wait_for("the store's end", lambda: not stores(cluster))
 
 
 def test_a_worker_that_cannot_be_started_is_one_that_has_ended(cluster: Suite, run: Run) -> None:
