@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seamark import checkpoints as checkpoints
+    from seamark.failure_report import map_failure as map_failure
     from seamark.inprocess.exceptions import RestartAbort as RestartAbort
     from seamark.inprocess.exceptions import RestartError as RestartError
     from seamark.inprocess.state import State as State
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from seamark.listening import EventsLost as EventsLost
     from seamark.preemption import on_preemption as on_preemption
     from seamark.preemption import preempted as preempted
+    from seamark.runtime_config import RuntimeConfig as RuntimeConfig
     from seamark.sections import section as section
+    from seamark.sharding import Shard as Shard
+    from seamark.sharding import ShardError as ShardError
+    from seamark.sharding import report_failure as report_failure
+    from seamark.sharding import shards as shards
 
 __all__ = [
     "CallWrapper",
@@ -27,12 +33,18 @@ __all__ = [
     "FailureListener",
     "RestartAbort",
     "RestartError",
+    "RuntimeConfig",
+    "Shard",
+    "ShardError",
     "State",
     "Wrapper",
     "checkpoints",
+    "map_failure",
     "on_preemption",
     "preempted",
+    "report_failure",
     "section",
+    "shards",
 ]
 
 _HOMES = {
@@ -42,11 +54,17 @@ _HOMES = {
     "FailureListener": "seamark.listener",
     "RestartAbort": "seamark.inprocess.exceptions",
     "RestartError": "seamark.inprocess.exceptions",
+    "RuntimeConfig": "seamark.runtime_config",
+    "Shard": "seamark.sharding",
+    "ShardError": "seamark.sharding",
     "State": "seamark.inprocess.state",
     "Wrapper": "seamark.inprocess.wrapper",
+    "map_failure": "seamark.failure_report",
     "on_preemption": "seamark.preemption",
     "preempted": "seamark.preemption",
+    "report_failure": "seamark.sharding",
     "section": "seamark.sections",
+    "shards": "seamark.sharding",
 }
 
 

@@ -15,11 +15,12 @@ class EpochError(StateError):
     """The file can't be used."""
 
 
-def next_epoch(path: Path) -> int:
+def next_epoch(path: Path, above: int = 0) -> int:
     """The number of this start: one more than the last, durable when this returns.
 
     Args:
         path: the file; its directory must exist.
+        above: a number that was used before, as another place says.
 
     Raises:
         EpochError: the file holds no number, or can't be written.
@@ -31,7 +32,7 @@ def next_epoch(path: Path) -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise EpochError(f"{path}: {error}") from error
     try:
-        epoch = int(text) + 1
+        epoch = max(int(text), above) + 1
     except ValueError:
         raise EpochError(
             f"{path} holds {text[:20]!r} where the number of the last start belongs: write a number there that is "

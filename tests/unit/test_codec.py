@@ -151,6 +151,8 @@ def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
             if (value := getattr(meta, name)) is not None
         }
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in arguments:
+        return st.none() | st.one_of(values(one) for one in arguments if one is not type(None))
     if origin is typing.Literal:
         return st.sampled_from(arguments)
     if origin is list:

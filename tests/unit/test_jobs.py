@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from seamark.protocol.messages import (
     RANKS,
@@ -1040,3 +1041,49 @@ def test_a_node_that_was_prepared_in_vain_is_told_of_the_end_of_the_job() -> Non
     bench.send(StopJob(7, "job", "enough"), b"operator")
     told = {one.to for one in bench.said if isinstance(one, Send) and isinstance(one.message, StopWorkers)}
     assert told == {b"node", b"n1", b"n2"}
+
+
+# --- the coordinator's host goes away ----------------------------------------------------------------------
+
+
+def test_a_coordinator_whose_host_goes_away_has_its_workers_save_and_the_next_one_goes_on() -> None:
+    bench = Bench()
+    bench.run()
+    bench.said = bench.core.suspend(bench.now)
+    (order,) = bench.told(StopWorkers)
+    assert (order.final, order.grace) == (True, 30.0), "they have time for a checkpoint"
+    assert bench.core.stopping
+    refused = bench.send(SubmitJob(2, replace(bench.spec, name="other"), "two"), b"operator")
+    assert bench.told(Refused, refused)[0].code == "READ_ONLY"
+    bench.all_stopped()
+    assert (bench.job.state, bench.core.stopping) == ("PENDING", False)
+    bench.now += 60.0
+    bench.hello()
+    assert bench.told(PrepareJob) == [], "nobody is started by who leaves"
+    generation, iteration = bench.job.generation, bench.job.iteration
+    restarted(bench)
+    bench.hello()
+    assert bench.job.state == "STARTING"
+    bench.run()
+    assert (bench.job.state, bench.job.generation) == ("RUNNING", generation + 1)
+    assert bench.job.iteration == iteration
+
+
+def test_one_that_is_killed_while_its_host_goes_away_goes_on_with_that() -> None:
+    bench = Bench()
+    bench.run()
+    bench.core.suspend(bench.now)
+    restarted(bench)
+    bench.hello()
+    assert [order.final for order in bench.told(StopWorkers)] == [True]
+    bench.all_stopped()
+    assert bench.job.state == "STARTING", "it stays, and has a node"
+
+
+def test_a_job_that_ends_while_its_host_goes_away_has_ended() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.core.suspend(bench.now)
+    bench.all_stopped()
+    assert bench.job.state == "CANCELLED"

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from seamark.protocol.messages import Incident, JobSpec, StoreAddress
+from seamark.protocol.messages import Dataset, Incident, JobSpec, ShardAnswer, StoreAddress
+from seamarkd.coordinator import backups
 from seamarkd.coordinator import manifest as manifests
+from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.effects import Forget, Persist
 from seamarkd.coordinator.job import JobRecord
-from seamarkd.coordinator.manifest import Manifest, ManifestError, read
+from seamarkd.coordinator.ledger import Row, State
+from seamarkd.coordinator.manifest import Manifest
+from seamarkd.coordinator.schema import SCHEMA_VERSION
+from seamarkd.coordinator.shards import Record, Reply
 from seamarkd.coordinator.shell import coalesced
+from seamarkd.errors import ManifestError
 
 
 def record(state: str = "RUNNING") -> JobRecord:
@@ -45,7 +51,8 @@ def test_the_latest_record_and_all_incidents_come_back(tmp_path: Path) -> None:
     with Manifest(tmp_path / "m.db") as manifest:
         assert manifest.jobs() == [record("SUCCEEDED")]
         assert [one.number for one in manifest.incidents("job")] == [1, 2]
-    assert read(tmp_path / "m.db", "job")[0] == record("SUCCEEDED")
+    with reading(tmp_path / "m.db") as books:
+        assert books.job("job") == record("SUCCEEDED")
 
 
 def test_a_new_job_of_a_name_does_not_inherit_incidents(tmp_path: Path) -> None:
@@ -58,7 +65,7 @@ def test_a_new_job_of_a_name_does_not_inherit_incidents(tmp_path: Path) -> None:
 def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "m.db"
     path.write_text("these are not the bytes of a database, far from it" * 50)
-    with pytest.raises(ManifestError, match="m.db is not a usable database"):
+    with pytest.raises(ManifestError, match=r"m.db is not a usable database.*no whole copy"):
         Manifest(path)
     assert path.read_text().startswith("these are")
 
@@ -106,12 +113,178 @@ def test_what_waits_for_a_full_disk_is_one_record_per_job(tmp_path: Path) -> Non
         Persist(record("STARTING"), (incident(1),)),
         Persist(record("RUNNING"), (incident(1), incident(2))),
     ]
-    (one,) = coalesced(changes)
+    (one,), _ = coalesced(changes)
     assert one == Persist(record("RUNNING"), (incident(1), incident(2)), fresh=True)
-    assert coalesced([*changes, Forget("job")]) == [Forget("job")]
-    assert coalesced([Forget("job"), changes[0]]) == [changes[0]]
+    assert coalesced([*changes, Forget("job")]) == ([Forget("job")], [])
+    assert coalesced([Forget("job"), changes[0]]) == ([changes[0]], [])
     with Manifest(tmp_path / "together.db") as together, Manifest(tmp_path / "apart.db") as apart:
-        together.commit(coalesced(changes))
+        together.commit(*coalesced(changes))
         apart.commit(changes)
         assert together.jobs() == apart.jobs()
         assert together.incidents("job") == apart.incidents("job")
+
+
+# --- shards ------------------------------------------------------------------------------------------------
+
+
+def row(shard: int, state: State, lease_id: int, *, account: bytes = b"") -> Row:
+    return Row(
+        shard, state, lease_id, f"i{lease_id}#d/0", "job/0", "n0", "digest" if state == State.DONE else "", account
+    )
+
+
+def rows(*found: Row) -> Record:
+    return Record("job", {}, {(7, one.shard): one for one in found}, {}, {})
+
+
+DATASET = Record("job", {7: Dataset("d", 100, 10)}, {}, {}, {})
+
+
+def test_shards_come_back_as_they_were_written(tmp_path: Path) -> None:
+    answer = ShardAnswer(3, "job", "i5#d/0", "recorded")
+    replies = Record("job", {}, {}, {"i5#d/0": Reply("i5#d/0", 3, answer)}, {})
+    leased, done = row(1, State.LEASED, 5), row(0, State.DONE, 4)
+    failed = row(2, State.FAILED, 6, account=b'{"attempts":4}')
+    with Manifest(tmp_path / "m.db") as manifest:
+        manifest.commit([Persist(record(), ())], [DATASET, rows(leased, done, failed), replies])
+    with Manifest(tmp_path / "m.db") as manifest:
+        saved = manifest.shards("job")
+        (dataset,) = saved.datasets
+        assert (dataset.number, dataset.spec, dataset.smooth) == (7, Dataset("d", 100, 10), [(0, 4)])
+        assert [(one.shard, one.state, one.consumer) for one in dataset.rows] == [(1, 1, "i5#d/0"), (2, 4, "")]
+        assert saved.replies == [Reply("i5#d/0", 3, answer)]
+        entries = manifest.page(7, 1, 1)
+        assert [(one.shard, one.state, one.lease_id) for one in entries] == [(1, "LEASED", 5)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (row(0, State.DONE, 4), row(0, State.DONE, 5)),
+        (row(0, State.QUARANTINED, 4), row(0, State.PENDING, 4)),
+        (row(0, State.LEASED, 9), row(0, State.DONE, 8)),
+    ],
+)
+def test_the_fence_is_in_the_row(tmp_path: Path, first: Row, second: Row) -> None:
+    with Manifest(tmp_path / "m.db") as manifest:
+        manifest.commit([Persist(record(), ())], [DATASET, rows(first)])
+        with pytest.raises(ManifestError, match="further on"):
+            manifest.commit([Persist(record("FAILED"), ())], [rows(second, row(1, State.LEASED, 10))])
+        # Nothing of that batch was written.
+        assert manifest.jobs() == [record()]
+        assert [one.shard for one in manifest.page(7, 0, 10)] == [0]
+
+
+def test_a_new_job_of_a_name_inherits_no_shards(tmp_path: Path) -> None:
+    with Manifest(tmp_path / "m.db") as manifest:
+        manifest.commit([Persist(record(), ())], [DATASET, rows(row(0, State.DONE, 4))])
+        manifest.commit(*coalesced([rows(row(1, State.LEASED, 5)), Persist(record(), (), fresh=True)]))
+        assert manifest.datasets("job") == []
+        assert manifest.page(7, 0, 10) == []
+
+
+def test_a_file_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "m.db")
+    connection.executescript(
+        "CREATE TABLE starts (epoch INTEGER PRIMARY KEY) STRICT; INSERT INTO starts VALUES (41);"
+        "CREATE TABLE jobs (name TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;"
+        "CREATE TABLE incidents (job TEXT NOT NULL, number INTEGER NOT NULL, record BLOB NOT NULL,"
+        " PRIMARY KEY (job, number)) STRICT, WITHOUT ROWID; PRAGMA user_version = 1;"
+    )
+    connection.close()
+    with reading(tmp_path / "m.db") as books:
+        assert books.datasets("job") == []
+    with Manifest(tmp_path / "m.db") as manifest:
+        assert manifest.epoch == 42
+        manifest.commit([], [DATASET])
+        assert manifest.datasets("job") == [(7, Dataset("d", 100, 10))]
+    with sqlite3.connect(tmp_path / "m.db") as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+
+
+# --- damage ------------------------------------------------------------------------------------------------
+
+
+def written(path: Path) -> int:
+    """A manifest with a copy, and something after it; its epoch."""
+    with Manifest(path) as manifest:
+        manifest.commit([Persist(record(), ())], [DATASET, *(rows(row(n, State.DONE, n + 1)) for n in range(10))])
+        manifest.back_up()
+        manifest.commit([Persist(record("SUCCEEDED"), ())])
+        return manifest.epoch
+
+
+@pytest.mark.parametrize("damage", ["truncated", "torn", "gone", "overwritten"])
+def test_a_damaged_database_is_moved_aside_and_its_copy_takes_its_place(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "m.db"
+    epoch = written(path)
+    data = path.read_bytes()
+    match damage:
+        case "truncated":
+            path.write_bytes(data[: len(data) // 2])
+        case "torn":
+            path.write_bytes(data[:4096] + bytes(len(data) - 4096))
+        case "gone":
+            path.unlink()
+        case "overwritten":
+            path.write_bytes(b"a log that was sent to the wrong place\n" * 1000)
+    damaged = path.read_bytes() if path.exists() else None
+    with Manifest(path) as manifest:
+        assert manifest.jobs() == [record()]
+        assert len(manifest.page(7, 0, 100)) == 10
+        # Ids are made of it: the copy knows only older ones.
+        assert manifest.epoch == epoch + 1
+    assert "what happened after it was made is lost" in caplog.text
+    aside = tmp_path / "m.db.damaged-1"
+    assert (aside.read_bytes() if aside.exists() else None) == damaged
+
+
+def test_of_damaged_copies_none_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "m.db"
+    written(path)
+    (newest, *_) = backups.copies(path)
+    with Manifest(path) as manifest:
+        manifest.commit([Persist(record("FAILED"), ())])
+        manifest.back_up()
+    newest.write_bytes(newest.read_bytes()[:5000])
+    path.write_bytes(b"no database" * 100)
+    with Manifest(path) as manifest:
+        assert manifest.jobs() == [record()]
+    for copy in backups.copies(path):
+        copy.write_bytes(b"none either")
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(ManifestError, match="no whole copy"):
+        Manifest(path)
+    assert path.read_bytes() == b"no database" * 100
+
+
+def test_a_torn_end_of_the_log_costs_what_was_not_acknowledged_alone(tmp_path: Path) -> None:
+    path, image = tmp_path / "m.db", tmp_path / "image.db"
+    with Manifest(path) as manifest:
+        manifest.commit([Persist(record(), ())])
+        whole = path.with_name("m.db-wal").read_bytes()
+        manifest.commit([Persist(record("SUCCEEDED"), ())])
+        log = path.with_name("m.db-wal").read_bytes()
+        assert len(log) > len(whole)
+        image.write_bytes(path.read_bytes())
+        image.with_name("image.db-wal").write_bytes(log[:-10])
+    with Manifest(image) as manifest:
+        assert manifest.jobs() == [record()]
+
+
+def test_a_read_only_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "m.db"
+    written(path)
+    read_only = sqlite3.OperationalError("attempt to write a readonly database")
+    read_only.sqlite_errorcode = sqlite3.SQLITE_READONLY
+    assert "make it and its directory writable" in manifests._hint(read_only)
+
+
+def test_networked_file_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        manifests, "NETWORKED", frozenset(one.fstype for one in manifests.psutil.disk_partitions(all=True))
+    )
+    with pytest.raises(ManifestError, match="put the state directory on a local disk"):
+        Manifest(tmp_path / "m.db")

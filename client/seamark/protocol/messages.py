@@ -25,6 +25,7 @@ QuorumId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Duration = Annotated[float, Meta(ge=0.0, le=1e9)]
 Moment = Annotated[float, Meta(ge=-1.0, le=1e12)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Policy = Literal["replace", "any-failed", "min-healthy"]
 WorkerGroup = Literal["node", "rank"]
 
@@ -71,6 +72,13 @@ class Slot(Part, frozen=True):
     """The roster's ``placement`` that put it on this node."""
 
 
+class FailurePattern(Part, frozen=True):
+    """What a failure that says this is: ``regex`` is searched for in each line, ``kind`` a class of failure."""
+
+    regex: Short
+    kind: Short
+
+
 class JobSpec(Part, frozen=True):
     """What a person asked for: ``seamark run``'s arguments.
 
@@ -97,6 +105,11 @@ class JobSpec(Part, frozen=True):
     """Modules that each node imports once, before it forks workers."""
     worker_group: WorkerGroup = "node"
     """What policy ``min-healthy`` counts: nodes all of whose workers are well, or ranks."""
+    runtime: SharedText = ""
+    """``seamark.RuntimeConfig.to_dict()`` as JSON: how its shards are retried; empty for the defaults."""
+    failure_patterns: list[FailurePattern] = []
+    independent: bool = False
+    """Its ranks don't communicate: who fails is started anew alone, without a wrapper too."""
 
     @property
     def min_ranks(self) -> int:
@@ -885,6 +898,257 @@ class InjectFailure(Message, frozen=True):
     member: Name
 
 
+# --- shards ------------------------------------------------------------------------------------------------
+
+
+class Dataset(Part, frozen=True):
+    """A data set of a job: ``size`` samples, cut into shards, gone through ``epochs`` times.
+
+    ``shuffle_seed`` -1 leaves the samples in their order. Shards are numbered through all epochs.
+    """
+
+    name: Name
+    size: Count
+    shard_size: Annotated[int, Meta(ge=1, le=2**53)]
+    shuffle_seed: Annotated[int, Meta(ge=-1, le=2**63 - 1)] = -1
+    epochs: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+
+    @property
+    def per_epoch(self) -> int:
+        """Shards of one epoch."""
+        return -(-self.size // self.shard_size)
+
+    @property
+    def total(self) -> int:
+        """Shards of all epochs."""
+        return self.per_epoch * self.epochs
+
+
+class ShardLease(Part, frozen=True):
+    """The right of one worker process to work on one shard; its id is never used again.
+
+    ``progress`` batches were done durably by whoever had it before, those in ``skip`` are quarantined.
+    """
+
+    dataset: Name
+    shard: Count
+    lease_id: Count
+    attempt: Count
+    progress: Count = 0
+    skip: list[int] = []
+    batch_size_scale: Fraction = 1.0
+
+
+class ShardRequest(Message, frozen=True):
+    """Base of what a consumer asks: an iterator over a data set in a worker process.
+
+    ``consumer`` is the worker's incarnation, ``#`` and the iterator's name in that process. ``request`` rises with
+    every request of a consumer; the same number again gets the same answer.
+    """
+
+    request: Count
+    job: Name
+    member: Name
+    consumer: Name
+    dataset: Name
+
+    @property
+    def incarnation(self) -> str:
+        """Of the worker process."""
+        return self.consumer.partition("#")[0]
+
+
+class OpenShards(ShardRequest, frozen=True):
+    """What this consumer will ask of; the first of a job makes the data set, and all must describe it alike."""
+
+    type_id = 80
+    direction = "worker -> agent -> coordinator"
+    answer = "ShardAnswer"
+    spec: Dataset
+
+
+class LeaseShard(ShardRequest, frozen=True):
+    """The next shard, please; who holds one already gets it again."""
+
+    type_id = 81
+    direction = "worker -> agent -> coordinator"
+    answer = "ShardAnswer"
+
+
+class CompleteShard(ShardRequest, frozen=True):
+    """The shard is done. With ``more`` the answer brings the next, if one is ready. ``digest``: of the result."""
+
+    type_id = 82
+    direction = "worker -> agent -> coordinator"
+    answer = "ShardAnswer"
+    shard: Count
+    lease_id: Count
+    digest: Short = ""
+    more: bool = False
+
+
+class CheckpointShard(ShardRequest, frozen=True):
+    """``progress`` batches of the shard are done and durable: who has it next begins behind them."""
+
+    type_id = 83
+    direction = "worker -> agent -> coordinator"
+    answer = "ShardAnswer"
+    shard: Count
+    lease_id: Count
+    progress: Count
+
+
+class FailShard(ShardRequest, frozen=True):
+    """The worker could not do it: ``kind`` as it knows better than anybody, or empty; ``batch`` -1 if it was none's."""
+
+    type_id = 84
+    direction = "worker -> agent -> coordinator"
+    answer = "ShardAnswer"
+    shard: Count
+    lease_id: Count
+    kind: Short = ""
+    batch: Annotated[int, Meta(ge=-1, le=2**53)] = -1
+    text: Text = ""
+
+
+class ReleaseShard(ShardRequest, frozen=True):
+    """The worker will not do it, and nothing failed."""
+
+    type_id = 85
+    direction = "worker -> agent -> coordinator"
+    answer = "ShardAnswer"
+    shard: Count
+    lease_id: Count
+
+
+class ReportFailure(Message, frozen=True):
+    """What a worker knows of its own failure, which is about to end it or its iteration."""
+
+    type_id = 86
+    direction = "worker -> agent -> coordinator"
+    job: Name
+    member: Name
+    incarnation: Name
+    kind: Short
+    batch: Annotated[int, Meta(ge=-1, le=2**53)] = -1
+    text: Text = ""
+
+
+class ShardAnswer(Message, frozen=True):
+    """The answer to every request of a consumer; durable before it is sent.
+
+    ``kind``: opened; leased (``lease``); recorded; stale (the lease is another's by now: what was done under it counts
+    for nothing); wait (shards are in flight and may come back: the lease is pushed as soon as there is one); done
+    (every shard is terminal); drain (this host goes away: no more for it); refused (``reason`` says why).
+    """
+
+    type_id = 87
+    direction = "coordinator -> agent -> worker"
+    request: Count
+    job: Name
+    consumer: Name
+    kind: Literal["opened", "leased", "recorded", "stale", "wait", "done", "drain", "refused"]
+    lease: ShardLease | None = None
+    reason: Text = ""
+
+
+class ShardsRequest(Message, frozen=True):
+    """Which shards of a data set stand where? ``limit`` of them, from ``first`` on, those never leased left out."""
+
+    type_id = 88
+    direction = "operator | worker -> agent -> coordinator"
+    answer = "ShardsPage | Refused"
+    request: Count
+    job: Name
+    dataset: Name
+    first: Count = 0
+    limit: Annotated[int, Meta(ge=1, le=5_000)] = 5_000
+    consumer: Short = ""
+    """The worker's consumer who asks; empty for a person."""
+
+
+class ShardEntry(Part, frozen=True):
+    """A shard in the books. For a DONE one ``lease_id`` is the one under which it was done, ``digest`` its result's."""
+
+    shard: Count
+    state: Literal["PENDING", "LEASED", "DONE", "QUARANTINED", "FAILED"]
+    lease_id: Count
+    member: Short
+    node: Short
+    progress: Count
+    skip: list[int]
+    digest: Short
+
+
+class ShardsPage(Message, frozen=True):
+    """Shards by number; ``following`` is where the next page begins, -1 after the last."""
+
+    type_id = 89
+    direction = "coordinator -> operator | agent -> worker"
+    request: Count
+    job: Name
+    consumer: Short
+    spec: Dataset
+    entries: list[ShardEntry]
+    following: Annotated[int, Meta(ge=-1)]
+
+
+class DecisionsRequest(Message, frozen=True):
+    """What was decided about failures of a job's shards? ``shard`` -1: of all."""
+
+    type_id = 90
+    direction = "operator -> coordinator"
+    answer = "Decisions | Refused"
+    request: Count
+    job: Name
+    dataset: Short = ""
+    shard: Annotated[int, Meta(ge=-1)] = -1
+
+
+class ShardDecision(Part, frozen=True):
+    """What became of a shard after a failure, and why."""
+
+    number: Count
+    dataset: Name
+    shard: Count
+    lease_id: Count
+    member: Short
+    node: Short
+    batch: Annotated[int, Meta(ge=-1)]
+    at: Moment
+    """Of the coordinator's monotonic clock."""
+    kind: Short
+    """The failure's class."""
+    evidence: Text
+    confidence: Fraction
+    action: Short
+    reason: Text
+
+
+class Decisions(Message, frozen=True):
+    """The decisions, oldest first; ``now`` is of the clock that theirs are of."""
+
+    type_id = 91
+    direction = "coordinator -> operator"
+    request: Count
+    job: Name
+    now: Moment
+    decisions: list[ShardDecision]
+
+
+class DatasetStatus(Part, frozen=True):
+    """How far a data set is."""
+
+    name: Name
+    total: Count
+    done: Count
+    leased: Count
+    quarantined: Count
+    failed: Count
+    skipped: Count
+    """Batches that were quarantined out of shards that went on."""
+
+
 # --- jobs --------------------------------------------------------------------------------------------------
 
 
@@ -933,6 +1197,7 @@ class JobStatus(Message, frozen=True):
     log_tail: list[str]
     incidents: Count
     running_for: Duration
+    datasets: list[DatasetStatus] = []
 
 
 class StopJob(Message, frozen=True):
@@ -1026,6 +1291,8 @@ class CoordinatorStatus(Message, frozen=True):
     nodes: list[NodeStatus]
     jobs: list[JobStatus]
     members: dict[str, list[MemberStatus]]
+    commits: Count = 0
+    """Transactions of the manifest since the start."""
 
 
 class NodeHealth(Part, frozen=True):
@@ -1146,6 +1413,10 @@ class WorkerExited(Message, frozen=True):
     node: Short = ""
     iteration: Iteration = -1
     drains: Short = ""
+    oom_kill: bool = False
+    """The kernel has killed a process of this node's suite for want of memory since the last exit."""
+    hang: Text = ""
+    """Why its agent ended it: it gave no sign of life."""
 
 
 class WorkerRegistered(Message, frozen=True):
@@ -1211,9 +1482,11 @@ class WorkersStopped(Message, frozen=True):
 def _all(cls: type[Message]) -> dict[int, type[Message]]:
     found: dict[int, type[Message]] = {}
     for sub in cls.__subclasses__():
-        if sub.type_id in found:
-            raise TypeError(f"{sub.__name__} and {found[sub.type_id].__name__} share type {sub.type_id}")
-        found[sub.type_id] = sub
+        own = {sub.type_id: sub} if "type_id" in vars(sub) else _all(sub)
+        for number, kind in own.items():
+            if number in found:
+                raise TypeError(f"{kind.__name__} and {found[number].__name__} share type {number}")
+            found[number] = kind
     return found
 
 

@@ -40,7 +40,12 @@ from seamark.protocol.messages import (
     QuorumAnswer,
     QuorumReset,
     Refused,
+    ReportFailure,
     Roster,
+    ShardAnswer,
+    ShardRequest,
+    ShardsPage,
+    ShardsRequest,
     SharedState,
     Snapshot,
     SnapshotRequest,
@@ -282,6 +287,10 @@ class Agent:
                 return self._stop(message)
             case DrainNode():
                 return self.serve() if message.undo else self.drain(message.reason)
+            case ShardAnswer() | ShardsPage():
+                return [ToWorker(message.consumer, message)]
+            case Refused(incarnation=consumer) if consumer:
+                return [ToWorker(consumer, message)]
             case _:
                 pass
         return []
@@ -575,8 +584,12 @@ class Agent:
         tail: list[str],
         *,
         discarded: bool = False,
+        oom_kill: bool = False,
     ) -> list[Effect]:
-        """A worker's exit status: code, or minus the signal; and whether the rank assignment had dropped it."""
+        """A worker's exit status: code, or minus the signal; and whether the rank assignment had dropped it.
+
+        ``oom_kill``: the kernel has ended a process here for want of memory since the exit before.
+        """
         job = self.jobs.get(job_name)
         worker = job.workers.pop(incarnation, None) if job else None
         if job is None or worker is None:
@@ -609,6 +622,8 @@ class Agent:
             self.node,
             job.quorum.iteration if job.quorum else -1,
             self.draining,
+            oom_kill,
+            worker.hang,
         )
         job.exited[incarnation] = worker
         return [Remember(job_name), *effects, self._report(now, ToCoordinator(message)), *self._leave(job)]
@@ -660,10 +675,11 @@ class Agent:
                 del self._reports[request]
 
     def _may_replace(self, job: Job, roster: Roster, cause: Cause) -> bool:
-        """Only a session that somebody's wrapper holds together can be entered again by a newcomer."""
+        """Only a session that somebody's wrapper holds together can be entered again by a newcomer, or none at all."""
         aborted = cause.kind == "exit" and cause.status == ABORT_EXIT_CODE
         leaves = aborted or cause.kind == "discarded" or self.draining != ""
-        wanted = roster.policy == "replace" and job.wrapped and not leaves
+        session = job.wrapped or roster.spec.independent
+        wanted = roster.policy == "replace" and session and not leaves
         return wanted and job.allowance > 0 and not job.ended and job.stopping is None
 
     def stopped(self, now: float, job_name: str) -> list[Effect]:
@@ -697,9 +713,26 @@ class Agent:
                 return self._stuck(now, incarnation, message)
             case Timeline() | AbortJob() | SharedState():
                 return [ToCoordinator(message)]
+            case ShardRequest() | ShardsRequest() | ReportFailure():
+                return self._about_shards(incarnation, message)
             case _:
                 sentence = f"{type(message).__name__} is not a worker's message"
                 return [ToWorker(incarnation, Refused(0, "BAD_REQUEST", sentence))]
+
+    def _about_shards(self, route: str, message: ShardRequest | ShardsRequest | ReportFailure) -> list[Effect]:
+        """Forwarded for the workers that this agent started, whoever they say they are."""
+        job = self.jobs.get(message.job)
+        incarnation, _, consumer = route.partition("#")
+        worker = job.workers.get(incarnation) if job else None
+        named = message.incarnation if isinstance(message, ReportFailure) else message.consumer
+        said = route if consumer and not isinstance(message, ReportFailure) else incarnation
+        if worker is not None and named == said:
+            return [ToCoordinator(message)]
+        if isinstance(message, ShardRequest):
+            why = f"{message.member} ({incarnation}) is not a worker that this agent started"
+            answer = ShardAnswer(message.request, message.job, message.consumer, "refused", reason=why)
+            return [ToWorker(route, answer)]
+        return []
 
     def _stuck(self, now: float, incarnation: str, request: MemberStuck) -> list[Effect]:
         job = self.jobs.get(request.job)

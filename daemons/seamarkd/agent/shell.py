@@ -40,6 +40,7 @@ from seamarkd.agent.hang import HangWatch, Reading
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
 from seamarkd.agent.keeper_client import Process as KeeperProcess
 from seamarkd.agent.memory import Memory, Remembered
+from seamarkd.agent.oom import OomKills, own_counter
 from seamarkd.agent.orphans import Orphan
 from seamarkd.agent.ports import PortsTaken, candidates
 from seamarkd.agent.watch import DeathWatch, How
@@ -161,6 +162,7 @@ class AgentShell:
         self._kept: dict[str, Kept] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = slots
+        self._oom_kills = OomKills(own_counter(Path("/proc/self/cgroup").read_text()))
         self._wires = Wires(
             context,
             self.core,
@@ -572,7 +574,15 @@ class AgentShell:
             now = time.monotonic()
             at = ended.at if ended.at is not None else now
             effects = self.core.exited(
-                now, job, ended.incarnation, ended.status, at, str(path or ""), tail, discarded=ended.discarded
+                now,
+                job,
+                ended.incarnation,
+                ended.status,
+                at,
+                str(path or ""),
+                tail,
+                discarded=ended.discarded,
+                oom_kill=ended.status == -signal.SIGKILL and self._oom_kills.rose(),
             )
             self._perform(effects)
         if (ended.slot == STORE_SLOT or not reported) and not kept.ending:

@@ -14,6 +14,7 @@ from seamarkd.cli.events import events
 from seamarkd.cli.exit_codes import CONFIGURATION, INTERRUPTED, UNREACHABLE, USAGE
 from seamarkd.cli.fail import fail
 from seamarkd.cli.joblogs import logs
+from seamarkd.cli.manifest import manifest
 from seamarkd.cli.operator import UnreachableError
 from seamarkd.cli.run import run
 from seamarkd.cli.status import status
@@ -48,7 +49,7 @@ def cli() -> None:
     """
 
 
-for command in (up, down, restart, run, status, logs, events, why, doctor, drain, undrain, fail):
+for command in (up, down, restart, run, status, logs, events, why, manifest, doctor, drain, undrain, fail):
     cli.add_command(command)
 
 

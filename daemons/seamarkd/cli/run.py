@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
 import click
+import msgspec
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from seamark.protocol.messages import FollowJob, JobSpec, JobStatus, Message, Refused, StopJob, SubmitJob
+from seamark.protocol.messages import (
+    FailurePattern,
+    FollowJob,
+    JobSpec,
+    JobStatus,
+    Message,
+    Refused,
+    StopJob,
+    SubmitJob,
+)
+from seamark.runtime_config import RuntimeConfig
 from seamarkd.agent.keeper import PRELOAD
 from seamarkd.cli.exit_codes import ABORTED, CONFIGURATION, FAILED, INTERRUPTED, SUCCEEDED, TERMINATED
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.coordinator.classification import job_patterns
 from seamarkd.coordinator.job import ENDED
 from seamarkd.paths import job_directory
-from seamarkd.settings import load
+from seamarkd.settings import SettingsError, load
 from seamarkd.standalone import Standalone
 
 FOLLOW_INTERVAL = 3.0
@@ -114,6 +128,16 @@ class NodeRange(click.ParamType[tuple[int, int]]):
     "Add your script's slow modules; none for nothing.",
 )
 @click.option(
+    "--independent",
+    is_flag=True,
+    help="The ranks don't communicate, they share shards of data (docs/shards.md): who fails is started anew alone.",
+)
+@click.option(
+    "--runtime-config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="How shards are retried: a TOML or JSON file with the fields of seamark.RuntimeConfig.",
+)
+@click.option(
     "--python", default=sys.executable, help="The workers' interpreter; by default the one that runs seamark."
 )
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as in python -m.")
@@ -135,6 +159,8 @@ def run(
     master_port: int | None,
     join_timeout: float,
     preload: str,
+    independent: bool,
+    runtime_config: Path | None,
     python: str,
     module: bool,
     attach: str | None,
@@ -150,6 +176,7 @@ def run(
       seamark run --nnodes 2 --nproc-per-node 8 train.py       on the suite (seamark up)
       seamark run --restart-policy any-failed --nproc-per-node 4 plain_ddp.py
       seamark run --nnodes 7:8 --nproc-per-node 8 --restart-policy min-healthy train.py
+      seamark run --nnodes 2 --nproc-per-node 4 --independent infer_shards.py --out /data/out
       seamark run --checkpoint-dir /data/run7 -m mypackage.train
       seamark run --attach train-3f2a
 
@@ -164,6 +191,8 @@ def run(
             )
         with Operator(load(config, os.environ, {}).coordinator.address) as operator:
             return Follower(operator, attach).attach()
+    if independent and policy != "replace":
+        raise click.UsageError("--independent replaces each rank alone, which is --restart-policy replace: use that")
     if script is None:
         raise click.UsageError("which SCRIPT? seamark run --help has examples")
     if standalone and nnodes[0] > 1:
@@ -174,6 +203,7 @@ def run(
     if "/" in job or job.startswith("."):
         raise click.UsageError(f"--name {job}: a name has no slash and does not begin with a dot")
     chosen = None if standalone else load(config, os.environ, {})
+    runtime, patterns = _runtime(runtime_config) if runtime_config else ("", [])
     home = job_directory(job) if chosen is None else chosen.state_directory / "jobs" / job
     spec = JobSpec(
         name=job,
@@ -193,6 +223,9 @@ def run(
         join_timeout=join_timeout,
         preload=_modules(preload),
         worker_group=worker_group,  # type: ignore[arg-type]
+        runtime=runtime,
+        failure_patterns=patterns,
+        independent=independent,
     )
     if chosen is not None:
         with Operator(chosen.coordinator.address) as operator:
@@ -209,6 +242,23 @@ def _modules(names: str) -> list[str]:
         if not all(part.isidentifier() for part in name.split(".")):
             raise click.UsageError(f"--preload {names}: {name!r} is no module's name; write MODULE,MODULE or none")
     return modules
+
+
+def _runtime(file: Path) -> tuple[str, list[FailurePattern]]:
+    """The operational parameters and the failure patterns that a file gives."""
+    try:
+        text = file.read_bytes()
+        values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text.decode())
+        given = values.pop("failure_patterns", [])
+        if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+            raise ValueError("failure_patterns: must be a list of tables with regex and kind")
+        patterns = [msgspec.convert(one, FailurePattern) for one in given]
+        job_patterns((one.regex, one.kind) for one in patterns)
+        return json.dumps(RuntimeConfig.from_dict(values).to_dict()), patterns
+    except OSError as error:
+        raise SettingsError([f"--runtime-config {file}: {error.strerror}"]) from None
+    except (ValueError, msgspec.ValidationError) as error:
+        raise SettingsError([f"--runtime-config {file}: {line}" for line in str(error).splitlines()]) from None
 
 
 def _environment(assignments: tuple[str, ...]) -> dict[str, str]:

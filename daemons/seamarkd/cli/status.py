@@ -26,6 +26,7 @@ from seamark.protocol.codec import ProtocolError
 from seamark.protocol.messages import (
     REPLICAS,
     CoordinatorStatus,
+    DatasetStatus,
     FailureEvent,
     GroupMember,
     GroupStatus,
@@ -85,6 +86,7 @@ class Picture:
     ended: int = 0
     """How many ended jobs are not among the rows."""
     replicas: dict[str, Replicas] = field(default_factory=dict)
+    datasets: list[Row] = field(default_factory=list)
 
 
 @click.command()
@@ -228,10 +230,18 @@ def _jobs(picture: Picture, coordinator: CoordinatorStatus, waiting: dict[str, s
         ranks = f"{job.alive}/{job.world_size}"
         counts = (str(max(job.iteration, 0)), str(job.restarts), ranks, str(job.step))
         picture.jobs.append(Row((job.job, job.state.lower(), *counts, sentence), bad=bool(trouble)))
+        picture.datasets += [_dataset(job.job, one) for one in job.datasets]
     for job in living:
         members = sorted(coordinator.members.get(job.job, []), key=_worst_first)
         picture.members[job.job] = [_member(member) for member in members[:MEMBERS_SHOWN]]
         picture.more[job.job] = max(0, len(members) - MEMBERS_SHOWN)
+
+
+def _dataset(job: str, one: DatasetStatus) -> Row:
+    part = f"{100 * one.done / one.total:.1f} %" if one.total else ""
+    counts = (one.done, one.leased, one.quarantined, one.failed, one.skipped)
+    cells = (job, one.name, str(one.total), part, *(str(count) for count in counts))
+    return Row(cells, bad=one.quarantined + one.failed > 0)
 
 
 def _trouble(job: JobStatus, sentence: str) -> str:
@@ -322,6 +332,9 @@ def draw(picture: Picture, *, verbose: bool = False) -> Group:
         parts.append(_table(("node", "slots", "last beat", "verdict"), picture.nodes))
     if picture.jobs:
         parts.append(_table(("job", "state", "iteration", "restarts", "ranks", "step", ""), picture.jobs))
+    if picture.datasets:
+        columns = ("job", "data set", "shards", "", "done", "leased", "quarantined", "failed", "batches left out")
+        parts.append(_table(columns, picture.datasets))
     if picture.ended:
         parts.append(Text(f"  and {picture.ended} more that ended", style="dim"))
     for job, rows in picture.members.items():

@@ -1,99 +1,217 @@
-"""``seamark why JOB``: the incident records of a job, as a timeline a person reads."""
+"""``seamark why JOB``: what happened to a job, and what was decided about it, as a person reads it."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import click
 import msgspec
+from msgspec import Struct
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from seamark.protocol.messages import Failure, FollowJob, Incident, Incidents, IncidentsRequest, JobStatus
+from seamark.protocol.messages import (
+    Decisions,
+    DecisionsRequest,
+    Failure,
+    FollowJob,
+    Incident,
+    Incidents,
+    IncidentsRequest,
+    JobStatus,
+    ShardDecision,
+)
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.cli.status import plain
 from seamarkd.cli.timeline import Segment, segments, total
+from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.job import first_line
-from seamarkd.coordinator.manifest import read
 from seamarkd.paths import state_directory
 from seamarkd.settings import Settings, load
 from seamarkd.standalone import ADDRESS_FILE
 
 BAR_WIDTH = 24
 ASK_TIMEOUT = 2.0
+DECISIONS_SHOWN = 20
+
+
+class Story(Struct):
+    """What is known of a job."""
+
+    summary: str
+    incidents: list[Incident]
+    decisions: list[ShardDecision]
+    now: float
+    """Of the clock that the decisions' times are of."""
+
+
+class Target(Struct, frozen=True):
+    """What of a job is asked about."""
+
+    job: str
+    rank: int | None = None
+    dataset: str = ""
+    shard: int = -1
+
+
+class TargetParam(click.ParamType[Target]):
+    """``JOB``, ``JOB/RANK``, ``JOB/DATASET`` or ``JOB/DATASET/SHARD``."""
+
+    name = "JOB[/RANK | /DATASET[/SHARD]]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Target:
+        """The target.
+
+        Raises:
+            click.BadParameter: it is none.
+        """
+        if isinstance(value, Target):
+            return value
+        job, *rest = str(value).split("/")
+        match rest:
+            case []:
+                return Target(job)
+            case [rank] if rank.isdecimal():
+                return Target(job, rank=int(rank))
+            case [dataset]:
+                return Target(job, dataset=dataset)
+            case [dataset, shard] if shard.isdecimal():
+                return Target(job, dataset=dataset, shard=int(shard))
+            case _:
+                pass
+        return self.fail(f"{value!r}: write JOB, JOB/RANK, JOB/DATASET or JOB/DATASET/SHARD", param, ctx)
 
 
 @click.command()
-@click.argument("job", required=False)
+@click.argument("target", required=False, type=TargetParam())
 @click.option(
     "--incident", "number", type=click.IntRange(min=1), help="Only this incident, with every rank's own times."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
 @click.option("--config", type=click.Path(path_type=Path), help="The suite's settings; by default $SEAMARK_CONFIG.")
-def why(job: str | None, number: int | None, as_json: bool, config: Path | None) -> int:
-    """Shows what happened to JOB: who failed, and what each phase of the restart cost, in ms.
+def why(target: Target | None, number: int | None, as_json: bool, config: Path | None) -> int:
+    """Shows what happened to a job: who failed, what each phase of the restart cost in ms, how its shards were retried.
 
-    JOB is a standalone job or one of the suite, and may still be running; it defaults to the standalone job that was
-    started last.
+    The job is a standalone one or one of the suite, and may still be running; without TARGET it is the standalone job
+    that was started last.
 
     \b
     Examples:
       seamark why
       seamark why train_bytes-3f2a --incident 2
+      seamark why infer-41c7/3              what happened to rank 3
+      seamark why infer-41c7/inputs/12      to shard 12 of data set inputs
     """
     home = state_directory() / "standalone"
-    directory = home / job if job else _latest(home)
+    directory = home / target.job if target else _latest(home)
     try:
         if directory is not None and (directory / "manifest.db").exists():
-            job = directory.name
+            target = target or Target(directory.name)
             address = directory / ADDRESS_FILE
-            running = _ask(address.read_text(), job) if address.exists() else None
-            summary, incidents = running or _read(directory / "manifest.db", job)
-        elif job is not None:
-            summary, incidents = _of_the_suite(load(config, os.environ, {}), job)
+            running = _ask(address.read_text(), target) if address.exists() else None
+            story = running or _read(directory / "manifest.db", target)
+        elif target is not None:
+            story = _of_the_suite(load(config, os.environ, {}), target)
         else:
             raise click.UsageError(f"which JOB? There is no standalone job in {home}")
     except RefusedError as error:
         known = ", ".join(sorted(path.name for path in home.glob("*") if path.is_dir())) or "none"
         raise click.UsageError(f"{error}; standalone jobs in {home}: {known}") from None
-    if number is not None:
-        incidents = [incident for incident in incidents if incident.number == number]
-        if not incidents:
-            raise click.UsageError(f"job {job} has no incident {number}")
+    _narrow(story, target, number)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(incidents)))
+        records = {"incidents": story.incidents, "decisions": story.decisions}
+        click.echo(msgspec.json.format(msgspec.json.encode(records)))
         return 0
-    show(Console(), job, summary, incidents, every_rank=number is not None)
+    console = Console()
+    if not target.dataset:
+        show(console, target.job, story.summary, story.incidents, every_rank=number is not None)
+    show_decisions(console, target, story.decisions, story.now)
     return 0
 
 
-def _of_the_suite(settings: Settings, job: str) -> tuple[str, list[Incident]]:
+def _narrow(story: Story, target: Target, number: int | None) -> None:
+    if number is not None:
+        story.incidents = [incident for incident in story.incidents if incident.number == number]
+        story.decisions = []
+        if not story.incidents:
+            raise click.UsageError(f"job {target.job} has no incident {number}")
+    if target.dataset:
+        story.incidents = []
+    if target.rank is not None:
+        member = f"{target.job}/{target.rank}"
+        story.incidents = [one for one in story.incidents if _concerns(one, member)]
+        story.decisions = [one for one in story.decisions if one.member == member]
+
+
+def _concerns(incident: Incident, member: str) -> bool:
+    return any(failure.member == member for failure in (*incident.failures, *incident.consequences))
+
+
+def _of_the_suite(settings: Settings, target: Target) -> Story:
     manifest = settings.state_directory / "coordinator.db"
-    running = _ask(settings.coordinator.address, job)
+    running = _ask(settings.coordinator.address, target)
     if running is None and not manifest.exists():
-        raise RefusedError(f"there is no job {job}: no coordinator answers, and {manifest} does not exist")
-    return running or _read(manifest, job)
+        raise RefusedError(f"there is no job {target.job}: no coordinator answers, and {manifest} does not exist")
+    return running or _read(manifest, target)
 
 
-def _ask(address: str, job: str) -> tuple[str, list[Incident]] | None:
+def _ask(address: str, target: Target) -> Story | None:
     """From the coordinator; None if nobody answers."""
+    job = target.job
     try:
         with Operator(address) as operator:
             status = operator.ask(lambda n: FollowJob(n, job), JobStatus, ASK_TIMEOUT)
             answer = operator.ask(lambda n: IncidentsRequest(n, job), Incidents, ASK_TIMEOUT)
+            about = operator.ask(
+                lambda n: DecisionsRequest(n, job, target.dataset, target.shard), Decisions, ASK_TIMEOUT
+            )
     except UnreachableError:
         return None
-    return f"{status.state.lower()}: {status.sentence}", answer.incidents
+    return Story(f"{status.state.lower()}: {status.sentence}", answer.incidents, about.decisions, about.now)
 
 
-def _read(manifest: Path, job: str) -> tuple[str, list[Incident]]:
+def _read(manifest: Path, target: Target) -> Story:
     """From the manifest that a coordinator left."""
-    record, incidents = read(manifest, job)
-    if record is None:
-        raise RefusedError(f"there is no job {job} in {manifest}")
-    return (f"{record.state.lower()}: {record.result}" if record.result else record.state.lower()), incidents
+    with reading(manifest) as books:
+        record = books.job(target.job)
+        if record is None:
+            raise RefusedError(f"there is no job {target.job} in {manifest}")
+        decisions = [
+            one
+            for one in books.decisions(target.job)
+            if target.dataset in ("", one.dataset) and target.shard in (-1, one.shard)
+        ]
+        summary = f"{record.state.lower()}: {record.result}" if record.result else record.state.lower()
+        return Story(summary, books.incidents(target.job), decisions, time.monotonic())
+
+
+def show_decisions(console: Console, target: Target, decisions: list[ShardDecision], now: float) -> None:
+    """Prints what was decided about shards: the latest, where one has not asked about one of them."""
+    shown = decisions if target.shard >= 0 or target.rank is not None else decisions[-DECISIONS_SHOWN:]
+    if not decisions:
+        if target.dataset:
+            what = f"shard {target.shard}" if target.shard >= 0 else "no shard"
+            text = f"nothing was decided about {what} of {target.dataset}: it never failed"
+            console.print(text if target.shard >= 0 else f"{what} of {target.dataset} failed", highlight=False)
+        return
+    console.print()
+    console.print(f"[bold]shards[/]: {len(decisions)} failures, oldest first", highlight=False)
+    if len(shown) < len(decisions):
+        console.print(f"  the last {len(shown)} of {len(decisions)}; the others: seamark why {target.job} --json")
+    table = Table(box=None, padding=(0, 1, 0, 2))
+    for name in ("ago", "shard", "by", "what was done, and why"):
+        table.add_column(name, no_wrap=name in ("ago", "shard"), overflow="fold")
+    for one in shown:
+        batch = f" batch {one.batch}" if one.batch >= 0 else ""
+        where = f"{one.dataset}/{one.shard}{batch}"
+        by = f"rank {one.member.rpartition('/')[2]} on {one.node}"
+        cells = (f"{max(0.0, now - one.at):.1f} s", where, by, one.reason)
+        table.add_row(*(Text(plain(cell)) for cell in cells))
+    console.print(table)
 
 
 def show(console: Console, job: str, summary: str, incidents: list[Incident], *, every_rank: bool) -> None:

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from seamark.protocol.messages import Incident, Message
 from seamarkd.coordinator.job import Job, JobRecord, record
+from seamarkd.coordinator.shards import Record
 from seamarkd.effects import Send
 
 
@@ -38,7 +39,7 @@ class Tell(Struct, frozen=True):
     job: str
 
 
-Effect: TypeAlias = Send | ToLighthouse | Persist | Forget | Tell
+Effect: TypeAlias = Send | ToLighthouse | Persist | Forget | Record | Tell
 
 
 def persist(job: Job, *, fresh: bool = False) -> Persist:

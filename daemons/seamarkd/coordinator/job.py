@@ -20,6 +20,7 @@ from seamark.protocol.messages import (
 from seamarkd.coordinator.budget import RestartBudget
 from seamarkd.coordinator.incidents import IncidentLog
 from seamarkd.coordinator.policy import Standing
+from seamarkd.coordinator.shards import JobShards
 
 State = Literal[
     "PENDING", "STARTING", "RUNNING", "RESTARTING", "STOPPING", "SUCCEEDED", "FAILED", "ABORTED", "CANCELLED"
@@ -73,6 +74,7 @@ class Process(Struct):
     incarnation: str
     pid: int
     alive: bool
+    node: str = ""
 
 
 class Job(Struct):
@@ -136,6 +138,7 @@ class Job(Struct):
     incidents: IncidentLog = field(default_factory=IncidentLog)
     followers: dict[bytes, float] = field(default_factory=dict)
     ended_at: float = -1.0
+    shards: JobShards | None = None
 
 
 def record(job: Job) -> JobRecord:
@@ -182,6 +185,7 @@ def status(job: Job, now: float, request: int = 0) -> JobStatus:
         log_tail=job.log_tail if job.state in ENDED else [],
         incidents=job.incidents.count,
         running_for=max(0.0, until - job.submitted_at),
+        datasets=job.shards.status() if job.shards is not None else [],
     )
 
 
@@ -212,7 +216,7 @@ def standing(job: Job) -> Standing:
     lost = job.failed | job.discarded
     return Standing(
         policy=job.spec.policy,
-        wrapped=job.wrapped,
+        wrapped=job.wrapped or job.spec.independent,
         least=job.spec.min_nodes if by_node else job.spec.min_ranks,
         well=sum(lost.isdisjoint(members) for members in groups.values()),
         finished=sum(job.finished.issuperset(members) for members in groups.values()),
@@ -227,7 +231,9 @@ def success(job: Job) -> str:
     text = f"{'all' if finished == width else f'{finished} of'} {width} ranks completed"
     text += f", {len(job.discarded)} were discarded by its rank assignment" if job.discarded else ""
     lost = width - finished - len(job.discarded)
-    return f"{text}, {lost} were lost and had no replacement" if lost else text
+    text += f", {lost} were lost and had no replacement" if lost else ""
+    report = job.shards.report() if job.shards is not None else ""
+    return f"{text}; {report}" if report else text
 
 
 def unwrapped(job: Job) -> str:

@@ -7,10 +7,9 @@ out; ``Persist`` stands before the sends that announce what it makes durable, an
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
-
-from msgspec import Struct
 
 from seamark.protocol.messages import (
     RANKS,
@@ -18,27 +17,35 @@ from seamark.protocol.messages import (
     Acknowledged,
     Beat,
     BeatAnswer,
+    CheckpointShard,
     CompletedEvent,
+    CompleteShard,
     CoordinatorStatus,
+    DecisionsRequest,
     DrainNode,
     Event,
     EventBeat,
+    FailShard,
     FailureEvent,
     FollowJob,
     Incident,
     Incidents,
     IncidentsRequest,
     JobProgress,
+    LeaseShard,
     Message,
     NodeHello,
     NodeLeft,
     NodeStatus,
+    OpenShards,
     PrepareFailed,
     PrepareJob,
     QuorumEvent,
     RecoveredEvent,
     Refused,
+    ReleaseShard,
     ReplicaQuorumEvent,
+    ReportFailure,
     Roster,
     SharedState,
     Slot,
@@ -58,6 +65,7 @@ from seamark.protocol.messages import (
     WorkerStarted,
 )
 from seamarkd.coordinator.budget import RestartBudget
+from seamarkd.coordinator.dispatch import Dispatch, unusable
 from seamarkd.coordinator.effects import Effect, Forget, Tell, ToLighthouse, persist
 from seamarkd.coordinator.job import (
     ENDED,
@@ -75,8 +83,10 @@ from seamarkd.coordinator.job import (
     success,
     unwrapped,
 )
+from seamarkd.coordinator.node import Node
 from seamarkd.coordinator.placement import fill, larger_than, place, refusal
 from seamarkd.coordinator.policy import Happening, decide
+from seamarkd.coordinator.shards import Saved
 from seamarkd.cursor import EventCursor
 from seamarkd.effects import Send
 from seamarkd.exits import ABORT_EXIT_CODE, NOT_STARTED, PREEMPTION_GRACE, UNKNOWN_STATUS, exit_cause
@@ -93,20 +103,15 @@ ROSTER_RETRY = 0.5
 """Seconds after which a roster that the lighthouse has not acknowledged is sent again."""
 MOVE_RETRY = 3.0
 """Seconds after which a node that was to start another TCPStore is asked again, or another node is."""
+LEASE_TIMEOUT = 60.0
+"""Seconds without a beat after which what a node's workers hold is given to others, whatever the lighthouse says."""
+LATE = 5.0
+"""Seconds between two ticks that say that this daemon, or its host, stood still."""
+SUSPENDED = "the coordinator's host goes away"
 UNHEARD = "waits to hear from its nodes"
 ENDED_KEPT = 1_000
 """Ended jobs that are remembered; the oldest are forgotten first."""
 REQUEST_SHIFT = 32
-
-
-class Node(Struct):
-    """An agent as the coordinator knows it."""
-
-    route: bytes
-    slots: int
-    last_beat: float
-    draining: str = ""
-    """Why it gets no workers."""
 
 
 class Coordinator:
@@ -114,9 +119,10 @@ class Coordinator:
 
     Args:
         epoch: rises with every start of the daemon; the upper half of its request numbers.
+        rng: draws the jitter of back-offs.
     """
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, rng: random.Random | None = None) -> None:
         self.epoch = epoch
         self.nodes: dict[str, Node] = {}
         self.jobs: dict[str, Job] = {}
@@ -125,9 +131,13 @@ class Coordinator:
         self.trouble = ""
         """Why nothing can be made durable just now; new jobs are refused with it."""
         self._settles_at = 0.0
+        self._ticked_at = self._awake_since = 0.0
+        self._suspended = False
         """Until then a node that has not been heard may be one that has not found this coordinator yet."""
         self._request = epoch << REQUEST_SHIFT
         self._cursor = EventCursor()
+        self._dispatch = Dispatch(epoch, self.jobs, self.nodes, rng or random.Random())
+        requests = (OpenShards, LeaseShard, CompleteShard, CheckpointShard, FailShard, ReleaseShard)
         self._handlers: dict[type[Message], Callable[[float, bytes, Any], list[Effect]]] = {
             NodeHello: self._hello,
             Beat: self._beat,
@@ -148,6 +158,9 @@ class Coordinator:
             SharedState: self._shared_state,
             AbortJob: self._abort,
             Acknowledged: lambda now, route, message: [],
+            ReportFailure: self._report_failure,
+            DecisionsRequest: lambda now, route, message: [Send(route, self._dispatch.decisions(now, message))],
+            **dict.fromkeys(requests, self._dispatch.request),
         }
 
     def handle(self, now: float, route: bytes, message: Message) -> list[Effect]:
@@ -167,7 +180,7 @@ class Coordinator:
             if job.state not in ENDED and any(slot.node == hello.node for slot in job.slots):
                 effects += self._orders(now, job, hello.node)
         if hello.draining:
-            return effects + self._prepare_elsewhere(now, hello.node)
+            return effects + self._dispatch.drain(now, hello.node) + self._prepare_elsewhere(now, hello.node)
         effects += self._use_room(now)
         for job in self.jobs.values():
             if hello.node in job.left and (job.state in ENDED or all(slot.node != hello.node for slot in job.slots)):
@@ -214,6 +227,8 @@ class Coordinator:
 
     def _use_room(self, now: float) -> list[Effect]:
         """Jobs get places in the order in which they were submitted; a small one may overtake."""
+        if self._suspended:
+            return []
         effects: list[Effect] = []
         for _, name in sorted((job.submitted_at, name) for name, job in self.jobs.items()):
             job = self.jobs[name]
@@ -340,6 +355,10 @@ class Coordinator:
                 job.stopping = {slot.node for slot in job.slots}
                 job.stop_until = now + STOP_GRACE + NODE_SILENT
 
+    def restore_shards(self, now: float, job: str, saved: Saved) -> None:
+        """Take up the shards of a job of an earlier start, after the job itself."""
+        self._dispatch.of(self.jobs[job]).restore(now, saved)
+
     def _lighthouse_is_new(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for job in self.jobs.values():
@@ -363,12 +382,13 @@ class Coordinator:
         if known is not None and known.submission == request.submission:
             known.followers[route] = now + FOLLOW_FOR
             return [Send(route, status(known, now, request.request))]
-        if self.trouble:
-            return [Send(route, Refused(request.request, "READ_ONLY", f"no new jobs now: {self.trouble}"))]
+        if self.trouble or self._suspended:
+            why = self.trouble or SUSPENDED
+            return [Send(route, Refused(request.request, "READ_ONLY", f"no new jobs now: {why}"))]
         if known is not None and known.state not in ENDED:
             sentence = f"a job named {spec.name} is running: give this one another name with --name"
             return [Send(route, Refused(request.request, "NAME_TAKEN", sentence))]
-        why_not = refusal(spec)
+        why_not = refusal(spec) or unusable(spec)
         if why_not:
             return [Send(route, Refused(request.request, "BAD_REQUEST", why_not))]
         too_large = larger_than(spec, {name: node.slots for name, node in self.nodes.items()})
@@ -500,6 +520,7 @@ class Coordinator:
         return self._end(now, job, "FAILED", report.reason)
 
     def _new_generation(self, now: float, job: Job) -> list[Effect]:
+        lost = self._dispatch.all_lost(now, job)
         job.generation += 1
         job.processes.clear()
         job.finished.clear()
@@ -508,7 +529,7 @@ class Coordinator:
         job.step.clear()
         job.wrapped = False
         job.sentence = "starts the workers"
-        return [persist(job), *self._announce(now, job), *self._tell(job)]
+        return [persist(job), *lost, *self._announce(now, job), *self._tell(job)]
 
     def _roster(self, now: float, job: Job) -> Roster:
         return Roster(
@@ -626,8 +647,9 @@ class Coordinator:
         if not job.store.port or not has_place(job, report):
             # Of an earlier generation, or on a node that it was taken from: that is about to be told so.
             return effects
-        job.processes[report.member] = Process(report.incarnation, report.pid, alive=True)
+        job.processes[report.member] = Process(report.incarnation, report.pid, alive=True, node=report.node)
         job.incidents.started(report)
+        effects += self._dispatch.started(now, job, report)
         if job.state == "STARTING" and len(job.processes) == len(job.slots):
             job.state = "RUNNING"
             job.sentence = "runs"
@@ -655,6 +677,9 @@ class Coordinator:
     def _worker_exited(self, now: float, route: bytes, report: WorkerExited) -> list[Effect]:
         acknowledged: list[Effect] = [Send(route, Acknowledged(report.request))]
         job = self.jobs.get(report.job)
+        if job is not None:
+            # Durable before the report is acknowledged, like the rest.
+            acknowledged = [*self._dispatch.exited(now, job, report), *acknowledged]
         if job is None or report.generation != job.generation or job.state in ENDED:
             return acknowledged
         if report.incarnation in job.exited:
@@ -708,7 +733,8 @@ class Coordinator:
         found = standing(job)
         match decide(happening, found):
             case "succeed":
-                return self._end(now, job, "SUCCEEDED", success(job))
+                done = job.shards is None or job.shards.complete
+                return self._end(now, job, "SUCCEEDED" if done else "FAILED", success(job))
             case "fail":
                 left = len(job.slots) - len(job.discarded)
                 result = f"{why}: {left} ranks are left, fewer than {job.spec.min_ranks}"
@@ -750,6 +776,13 @@ class Coordinator:
         members = {slot.member for slot in job.slots if slot.node == node} - job.finished - job.failed
         known = self.nodes.get(node)
         draining = drains or (known.draining if known is not None else "")
+        for member in members:
+            if member in job.processes:
+                job.processes[member].alive = False
+        given = self._dispatch.node_lost(now, job, node, draining)
+        return [*given, *self._without_node(now, job, node, members, draining)]
+
+    def _without_node(self, now: float, job: Job, node: str, members: set[str], draining: str) -> list[Effect]:
         if not draining:
             # It may be heard again at once: then it introduces itself.
             self.nodes.pop(node, None)
@@ -757,9 +790,6 @@ class Coordinator:
             return []
         job.left.add(node)
         job.failed |= members
-        for member in members:
-            if member in job.processes:
-                job.processes[member].alive = False
         found = standing(job)
         if job.completed and (found.running == 0 or found.policy != "replace"):
             # Their function has returned on all ranks, and nobody is left who may call another.
@@ -773,6 +803,10 @@ class Coordinator:
                 job.processes.pop(member, None)
         why = f"node {node} drains: {draining}" if draining else f"node {node} is lost"
         return self._carry_out(now, job, "node-lost", why, charged=not draining)
+
+    def _report_failure(self, now: float, route: bytes, report: ReportFailure) -> list[Effect]:
+        self._dispatch.reported(report)
+        return []
 
     def _abort(self, now: float, route: bytes, report: AbortJob) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -803,6 +837,9 @@ class Coordinator:
         if failure.iteration >= 0 or job.iteration < 0:
             # Else it was lost before it entered the session, which goes on.
             job.incidents.failed(event)
+        given = (
+            self._dispatch.faulted(now, job, failure.incarnation, failure.cause) if failure.kind == "faulted" else []
+        )
         if failure.cause.kind == "node":
             effects = self._node_gone(now, job, failure.node)
             if failure.node == job.store_node and not job.moving and job.state == "RUNNING":
@@ -813,7 +850,7 @@ class Coordinator:
             job.sentence = f"restarts: {who} {failure.kind} ({first_line(failure.cause.text)})"
             if failure.cause.kind == "joined":
                 job.sentence = f"restarts in process: {first_line(failure.cause.text)}"
-        return self._tell(job)
+        return [*given, *self._tell(job)]
 
     def _quorum(self, now: float, job: Job, event: QuorumEvent) -> list[Effect]:
         if event.generation != job.generation or event.iteration <= job.iteration:
@@ -878,7 +915,7 @@ class Coordinator:
         job.request = self._next()
         job.roster_request = 0
         drain = any(slot.node in self.nodes and self.nodes[slot.node].draining for slot in job.slots)
-        job.stop_until = now + (PREEMPTION_GRACE if drain else STOP_GRACE) + NODE_SILENT
+        job.stop_until = now + (PREEMPTION_GRACE if drain else _grace(job)) + NODE_SILENT
         job.stopping = {slot.node for slot in job.slots if slot.node in self.nodes or now < self._settles_at}
         nodes = {slot.node for slot in job.slots}
         effects: list[Effect] = []
@@ -894,7 +931,7 @@ class Coordinator:
     @staticmethod
     def _stop_order(job: Job, *, final: bool) -> StopWorkers:
         abort = job.result if final and job.outcome == "ABORTED" else ""
-        return StopWorkers(job.request, job.spec.name, max(job.generation, 0), STOP_GRACE, final, abort)
+        return StopWorkers(job.request, job.spec.name, max(job.generation, 0), _grace(job), final, abort)
 
     def _workers_stopped(self, now: float, route: bytes, report: WorkersStopped) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -904,6 +941,8 @@ class Coordinator:
         return [] if job.stopping else self._all_stopped(now, job)
 
     def _all_stopped(self, now: float, job: Job) -> list[Effect]:
+        if job.state == "STOPPING" and job.outcome == "PENDING":
+            return self._put_aside(now, job)
         if job.state == "STOPPING":
             job.state = job.outcome
             job.sentence = job.result
@@ -911,13 +950,26 @@ class Coordinator:
         job.incidents.restarted()
         return self._place(now, job)
 
-    def shut_down(self, now: float) -> list[Effect]:
-        """This suite is being stopped: so are its jobs (D12)."""
+    def suspend(self, now: float) -> list[Effect]:
+        """This host goes away: every worker is asked for a last checkpoint, and the next start goes on there (D12)."""
+        self._suspended = True
+        self._dispatch.hold = SUSPENDED
         effects: list[Effect] = []
         for job in self.jobs.values():
-            if job.state not in ENDED and job.state != "STOPPING":
-                effects += self._end(now, job, "CANCELLED", "stopped with the suite (seamark down)")
+            if job.state in ("STARTING", "RUNNING", "RESTARTING"):
+                job.outcome, job.state = "PENDING", "STOPPING"
+                job.sentence = f"{SUSPENDED}: its workers are asked to save, and go on when there is one again"
+                effects += self._stop_workers(now, job, final=True)
         return effects
+
+    def _put_aside(self, now: float, job: Job) -> list[Effect]:
+        """All workers of a job are gone, and it begins anew where it was."""
+        job.state, job.outcome = "PENDING", "FAILED"
+        job.left |= {slot.node for slot in job.slots}
+        job.slots, job.store, job.store_node = [], StoreAddress(), ""
+        job.processes.clear()
+        job.sentence = SUSPENDED if self._suspended else UNHEARD
+        return [persist(job), *self._tell(job), *self._use_room(now)]
 
     @property
     def stopping(self) -> bool:
@@ -939,13 +991,13 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Effect]:
         """What is repeated, and what is no longer waited for."""
-        effects: list[Effect] = []
+        effects: list[Effect] = self._keep_leases(now)
         for name in [name for name, node in self.nodes.items() if node.draining and not self._beats(now, name)]:
             # It was left in good order, and is gone.
             del self.nodes[name]
         for job in self.jobs.values():
             job.followers = {route: until for route, until in job.followers.items() if until > now}
-            if job.state == "PENDING":
+            if job.state == "PENDING" and not self._suspended:
                 effects += self._place(now, job)
             if job.roster_request and now >= job.roster_due:
                 effects += self._announce(now, job)
@@ -961,6 +1013,32 @@ class Coordinator:
                 job.stopping.clear()
                 effects += self._all_stopped(now, job)
         return effects
+
+    def _keep_leases(self, now: float) -> list[Effect]:
+        """A lease lives as long as its holder's node beats; the lighthouse says sooner if one is lost."""
+        self._dispatch.hold = SUSPENDED if self._suspended else self.trouble
+        if now - self._ticked_at > LATE:
+            # This daemon stood still, or begins: nobody's silence is known to be theirs.
+            self._awake_since = now
+        self._ticked_at = now
+        effects: list[Effect] = []
+        for job in self.jobs.values():
+            if job.shards is None or job.state in ENDED:
+                continue
+            for name in {process.node for process in job.processes.values() if process.alive}:
+                known = self.nodes.get(name)
+                if known is not None and now - max(known.last_beat, self._awake_since) > LEASE_TIMEOUT:
+                    effects += self._dispatch.node_lost(now, job, name, "")
+        return effects + self._dispatch.tick(now, settled=now >= self._settles_at)
+
+    def due(self) -> float | None:
+        """When something is to be done that no message brings; None if nothing is known to be."""
+        return self._dispatch.due()
+
+
+def _grace(job: Job) -> float:
+    """Seconds that its workers have to end: more where they go on later from what they save now."""
+    return PREEMPTION_GRACE if job.state == "STOPPING" and job.outcome == "PENDING" else STOP_GRACE
 
 
 def _unknown(request: int, job: str) -> Refused:

@@ -12,9 +12,10 @@ from seamarkd import daemon
 from seamarkd.cli.exit_codes import TERMINATED
 from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.shell import CoordinatorShell
+from seamarkd.exits import PREEMPTION_GRACE
 
-PATIENCE = 30.0
-"""Seconds the nodes have to stop their workers when the suite is stopped (D12)."""
+PATIENCE = PREEMPTION_GRACE + 4.0
+"""Seconds until the nodes have stopped their workers: what those have to save (D12), and the way there and back."""
 
 
 class _Served:
@@ -22,7 +23,7 @@ class _Served:
         self._shell = shell
 
     async def leave(self) -> int:
-        await self._shell.shut_down(PATIENCE)
+        await self._shell.leave(PATIENCE)
         return TERMINATED
 
     async def close(self) -> None:

@@ -12,20 +12,23 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import zmq
 from msgspec.structs import replace
 
-from seamark.protocol.messages import Message, StatusRequest
+from seamark.protocol.messages import Message, Refused, ShardsPage, ShardsRequest, StatusRequest
 from seamark.protocol.sockets import check_address, make_socket
 from seamarkd.channel import Channel
 from seamarkd.coordinator.effects import Effect, Forget, Persist, Tell, ToLighthouse
-from seamarkd.coordinator.job import status
+from seamarkd.coordinator.job import ENDED, status
 from seamarkd.coordinator.jobs import Coordinator
-from seamarkd.coordinator.manifest import Manifest, ManifestError
+from seamarkd.coordinator.manifest import Manifest
+from seamarkd.coordinator.shards import Record
 from seamarkd.effects import Send
+from seamarkd.errors import ManifestError
 from seamarkd.software import software
 
 log = logging.getLogger(__name__)
@@ -33,21 +36,34 @@ log = logging.getLogger(__name__)
 TELL_INTERVAL = 0.1
 """Seconds between two status messages to a follower, at the least."""
 TICK = 1.0
+SHORTEST_TICK = 0.02
 COMMIT_RETRY = 1.0
 STOPPED_LOOK = 0.05
+BACKUP_INTERVAL = 300.0
+"""Seconds between two copies of the manifest, if anything was written meanwhile."""
+
+Change: TypeAlias = Persist | Forget | Record
 
 
-def coalesced(changes: Iterable[Persist | Forget]) -> list[Persist | Forget]:
-    """The changes with one record per job, its latest: as durable, and bounded while the disk is full."""
-    latest: dict[str, Persist | Forget] = {}
+def coalesced(changes: Iterable[Change]) -> tuple[list[Persist | Forget], list[Record]]:
+    """The changes with the latest of each job and of each shard: as durable, and bounded while the disk is full."""
+    jobs: dict[str, Persist | Forget] = {}
+    records: dict[str, Record] = {}
     for change in changes:
+        if isinstance(change, Record):
+            before = records.get(change.job)
+            records[change.job] = change if before is None else before.followed_by(change)
+            continue
         name = change.job if isinstance(change, Forget) else change.record.spec.name
-        before = latest.pop(name, None)
-        if isinstance(change, Persist) and isinstance(before, Persist) and not change.fresh:
-            incidents = {one.number: one for one in (*before.incidents, *change.incidents)}
-            change = Persist(change.record, tuple(incidents.values()), before.fresh)
-        latest[name] = change
-    return list(latest.values())
+        earlier = jobs.pop(name, None)
+        if isinstance(change, Forget) or change.fresh:
+            # What was to be written of an earlier job of this name.
+            records.pop(name, None)
+        elif isinstance(earlier, Persist):
+            incidents = {one.number: one for one in (*earlier.incidents, *change.incidents)}
+            change = Persist(change.record, tuple(incidents.values()), earlier.fresh)
+        jobs[name] = change
+    return list(jobs.values()), list(records.values())
 
 
 class CoordinatorShell:
@@ -69,7 +85,12 @@ class CoordinatorShell:
         manifest: Manifest,
     ) -> None:
         self.core = Coordinator(manifest.epoch)
-        self.core.restore(time.monotonic(), [(one, manifest.incidents(one.spec.name)) for one in manifest.jobs()])
+        now = time.monotonic()
+        jobs = manifest.jobs()
+        self.core.restore(now, [(one, manifest.incidents(one.spec.name)) for one in jobs])
+        for job in jobs:
+            if job.state not in ENDED:
+                self.core.restore_shards(now, job.spec.name, manifest.shards(job.spec.name))
         self._manifest = manifest
         self._since = time.monotonic()
         self._loop = asyncio.get_running_loop()
@@ -85,13 +106,21 @@ class CoordinatorShell:
         self._subscription = Channel(subscriber, self._on_lighthouse)
         self._waiting: deque[Effect] = deque()
         self._committer: asyncio.Task[None] | None = None
+        # One thread for all that touches the database: it has one connection.
+        self._disk = ThreadPoolExecutor(1, "seamark-manifest")
+        self._reading: set[asyncio.Task[None]] = set()
+        self._backup_due = 0.0
+        self._commits = 0
         self._closing = False
         self._told: dict[str, asyncio.TimerHandle] = {}
         self._timer = self._loop.call_later(TICK, self._tick)
 
-    async def shut_down(self, patience: float) -> None:
-        """Stops every job, as far as its nodes answer within ``patience`` seconds, and closes."""
-        self._perform(self.core.shut_down(time.monotonic()))
+    async def leave(self, patience: float) -> None:
+        """This host goes away: all workers are asked to save, stopped, and go on at the next start of a coordinator.
+
+        What they complete within ``patience`` seconds is taken.
+        """
+        self._perform(self.core.suspend(time.monotonic()))
         deadline = time.monotonic() + patience
         while self.core.stopping and time.monotonic() < deadline:
             await asyncio.sleep(STOPPED_LOOK)
@@ -105,9 +134,11 @@ class CoordinatorShell:
         if self._committer is not None:
             self._closing = True
             await self._committer
+        await asyncio.gather(*self._reading)
         self._requests.close()
         self._lighthouse.close()
         self._subscription.close()
+        self._disk.shutdown()
         self._manifest.close()
 
     def _on_message(self, route: bytes, message: Message) -> None:
@@ -117,10 +148,40 @@ class CoordinatorShell:
                 software=software(),
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
+                commits=self._commits,
             )
             self._requests.send(status, route)
             return
+        if isinstance(message, ShardsRequest):
+            self._read(self._send_page(route, message))
+            return
         self._perform(self.core.handle(time.monotonic(), route, message))
+
+    def _read(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+
+    async def _send_page(self, route: bytes, request: ShardsRequest) -> None:
+        page = await self._loop.run_in_executor(self._disk, self._page, request)
+        self._requests.send(page, route)
+
+    def _page(self, request: ShardsRequest) -> ShardsPage | Refused:
+        found = {spec.name: (number, spec) for number, spec in self._manifest.datasets(request.job)}
+        if request.dataset not in found:
+            known = ", ".join(found) or "none"
+            why = f"job {request.job} has no data set {request.dataset}; it has: {known}"
+            return Refused(request.request, "UNKNOWN_JOB", why, request.job, "", request.consumer)
+        number, spec = found[request.dataset]
+        entries = self._manifest.page(number, request.first, request.limit)
+        following = entries[-1].shard + 1 if len(entries) == request.limit else -1
+        return ShardsPage(request.request, request.job, request.consumer, spec, entries, following)
+
+    async def _back_up(self) -> None:
+        try:
+            await self._loop.run_in_executor(self._disk, self._manifest.back_up)
+        except ManifestError as error:
+            log.error("%s", error)
 
     def _on_lighthouse(self, topic: bytes, message: Message) -> None:
         self._perform(self.core.from_lighthouse(time.monotonic(), message))
@@ -128,8 +189,14 @@ class CoordinatorShell:
     def _tick(self) -> None:
         if self._committer is None or self._committer.done():
             self.core.trouble = self._manifest.trouble()
-        self._perform(self.core.tick(time.monotonic()))
-        self._timer = self._loop.call_later(TICK, self._tick)
+        now = time.monotonic()
+        self._perform(self.core.tick(now))
+        if now >= self._backup_due:
+            self._backup_due = now + BACKUP_INTERVAL
+            self._read(self._back_up())
+        due = self.core.due()
+        pause = TICK if due is None else min(TICK, max(due - now, SHORTEST_TICK))
+        self._timer = self._loop.call_later(pause, self._tick)
 
     def _perform(self, effects: list[Effect]) -> None:
         self._waiting.extend(effects)
@@ -139,7 +206,7 @@ class CoordinatorShell:
                 self._committer = self._loop.create_task(self._commit())
 
     def _send_ready(self) -> None:
-        while self._waiting and not isinstance(self._waiting[0], Persist | Forget):
+        while self._waiting and not isinstance(self._waiting[0], Change):
             self._send(self._waiting.popleft())
 
     def _send(self, effect: Effect) -> None:
@@ -151,25 +218,26 @@ class CoordinatorShell:
             case Tell(job):
                 if job not in self._told:
                     self._told[job] = self._loop.call_later(TELL_INTERVAL, self._tell, job)
-            case Persist() | Forget():
+            case Persist() | Forget() | Record():
                 raise AssertionError("a change of the manifest is committed, not sent")
 
     async def _commit(self) -> None:
         while self._waiting:
-            batch = coalesced(effect for effect in self._waiting if isinstance(effect, Persist | Forget))
-            sends = deque(effect for effect in self._waiting if not isinstance(effect, Persist | Forget))
+            batch, records = coalesced(effect for effect in self._waiting if isinstance(effect, Change))
+            sends = deque(effect for effect in self._waiting if not isinstance(effect, Change))
             self._waiting.clear()
             try:
-                await self._loop.run_in_executor(None, self._manifest.commit, batch)
+                await self._loop.run_in_executor(self._disk, self._manifest.commit, batch, records)
             except ManifestError as error:
                 self.core.trouble = str(error)
                 log.error("can't write the manifest, trying again in %g s: %s", COMMIT_RETRY, error)
                 if self._closing:
                     return
                 # What came meanwhile belongs to the next try, behind what failed.
-                self._waiting.extendleft(reversed([*batch, *sends]))
+                self._waiting.extendleft(reversed([*batch, *records, *sends]))
                 await asyncio.sleep(COMMIT_RETRY)
                 continue
+            self._commits += 1
             self.core.trouble = ""
             while sends:
                 self._send(sends.popleft())

@@ -1,0 +1,119 @@
+"""``seamark manifest JOB``: the books of a job's shards, as JSON."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import click
+import msgspec
+from msgspec import Struct
+
+from seamark.protocol.messages import Dataset, FollowJob, JobStatus, ShardEntry, ShardsPage, ShardsRequest
+from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.coordinator.books import reading
+from seamarkd.paths import state_directory
+from seamarkd.settings import load
+from seamarkd.standalone import ADDRESS_FILE
+
+ASK_TIMEOUT = 5.0
+PAGE = 5_000
+
+
+class Source(Struct):
+    """Where the books are: of a coordinator that serves, or in a file that it left."""
+
+    address: str
+    file: Path
+
+
+@click.command()
+@click.argument("job")
+@click.option("--dataset", help="Only this data set.")
+@click.option("--config", type=click.Path(path_type=Path), help="The suite's settings; by default $SEAMARK_CONFIG.")
+def manifest(job: str, dataset: str | None, config: Path | None) -> int:
+    """Prints what became of every shard of JOB that was ever leased, as JSON.
+
+    JOB is a standalone job or one of the suite, and may still be running. A shard that is DONE names the lease under
+    which it was done and the digest of its result; what was made under another lease must not be read.
+
+    \b
+    Examples:
+      seamark manifest infer-41c7 > manifest.json
+      seamark manifest infer-41c7 --dataset inputs | jq '.datasets[0].shards[] | select(.state != "DONE")'
+    """
+    home = state_directory() / "standalone" / job
+    try:
+        if (home / "manifest.db").exists():
+            address = home / ADDRESS_FILE
+            source = Source(address.read_text() if address.exists() else "", home / "manifest.db")
+        else:
+            settings = load(config, os.environ, {})
+            source = Source(settings.coordinator.address, settings.state_directory / "coordinator.db")
+        if not (source.address and _from_coordinator(source.address, job, dataset)):
+            _from_file(source.file, job, dataset)
+    except RefusedError as error:
+        raise click.UsageError(str(error)) from None
+    return 0
+
+
+def _from_coordinator(address: str, job: str, only: str | None) -> bool:
+    """Prints what a coordinator says; False if none answers."""
+    with Operator(address) as operator:
+        try:
+            status = operator.ask(lambda n: FollowJob(n, job), JobStatus, ASK_TIMEOUT)
+        except UnreachableError:
+            return False
+        names = [only] if only else [one.name for one in status.datasets]
+
+        def pages(name: str) -> Iterator[ShardsPage]:
+            first = 0
+            while first >= 0:
+                ask = partial(ShardsRequest, job=job, dataset=name, first=first, limit=PAGE)
+                page = operator.ask(ask, ShardsPage, ASK_TIMEOUT)
+                yield page
+                first = page.following
+
+        _print(job, ((page.spec, page.entries) for name in names for page in pages(name)))
+    return True
+
+
+def _from_file(file: Path, job: str, only: str | None) -> None:
+    if not file.exists():
+        raise RefusedError(f"there is no job {job}: no coordinator answers, and {file} does not exist")
+    with ExitStack() as stack:
+        books = stack.enter_context(reading(file))
+        if books.job(job) is None:
+            raise RefusedError(f"there is no job {job} in {file}")
+        found = [(number, spec) for number, spec in books.datasets(job) if only in (None, spec.name)]
+        if only and not found:
+            raise RefusedError(f"job {job} has no data set {only}")
+
+        def pages() -> Iterator[tuple[Dataset, list[ShardEntry]]]:
+            for number, spec in found:
+                first = 0
+                while first >= 0:
+                    entries = books.page(number, first, PAGE)
+                    yield spec, entries
+                    first = entries[-1].shard + 1 if len(entries) == PAGE else -1
+
+        _print(job, pages())
+
+
+def _print(job: str, pages: Iterator[tuple[Dataset, list[ShardEntry]]]) -> None:
+    """One document, written as it comes: a data set may have millions of shards."""
+    out = sys.stdout
+    out.write('{"job": ' + msgspec.json.encode(job).decode() + ', "datasets": [')
+    current = ""
+    for spec, entries in pages:
+        if spec.name != current:
+            out.write(("]}, " if current else "") + "\n" + msgspec.json.encode(spec).decode()[:-1] + ', "shards": [')
+            current, separator = spec.name, "\n"
+        for entry in entries:
+            out.write(separator + "  " + msgspec.json.encode(entry).decode())
+            separator = ",\n"
+    out.write(("]}" if current else "") + "]}\n")
