@@ -2,6 +2,8 @@
 
 Lighthouse, coordinator and agent are daemons of their own; the workers are in seamark.Wrapper and ping once a second,
 so that the agent has their pages, canaries and hang watch to look after. The keeper and the workers are not counted.
+"beside" is what else the machine was busy with in the same windows, in cores: the workers, the other daemons, and
+whatever else ran there.
 
     .venv/bin/python benchmarks/agent.py --json benchmarks/results/agent.json
 """
@@ -45,7 +47,7 @@ def main(windows: int, seconds: float, json_path: Path | None) -> None:
     with run.measuring(), run.progress() as progress:
         task = progress.add_task("starting", total=windows * len(WORKERS), last="")
         for workers in WORKERS:
-            row = samples[str(workers)] = {"core_share": [], "resident_mib": []}
+            row = samples[str(workers)] = {"core_share": [], "resident_mib": [], "cores_beside": []}
             with work_directory() as home, contextlib.ExitStack() as running:
                 env = environment(home) | {"SEAMARK_AGENT_SLOTS": str(workers)}
                 for role in ("lighthouse", "coordinator"):
@@ -55,11 +57,12 @@ def main(windows: int, seconds: float, json_path: Path | None) -> None:
                 time.sleep(SETTLED)
                 for _ in range(windows):
                     progress.update(task, description=f"{workers} workers")
-                    before, began = agent.cpu_times(), time.monotonic()
+                    before, machine, began = agent.cpu_times(), _busy(), time.monotonic()
                     time.sleep(seconds)
                     after, took = agent.cpu_times(), time.monotonic() - began
                     used = after.user + after.system - before.user - before.system
                     row["core_share"].append(used / took)
+                    row["cores_beside"].append((_busy() - machine - used) / took)
                     row["resident_mib"].append(agent.memory_info().rss / MEBI)
                     progress.advance(task)
     run.finish(table_of(samples), {"samples": samples, "seconds": seconds})
@@ -67,15 +70,24 @@ def main(windows: int, seconds: float, json_path: Path | None) -> None:
 
 def table_of(samples: dict[str, dict[str, list[float]]]) -> Table:
     """A row for each number of workers."""
-    table = Table("workers", "n", "of a core p50", "max", "memory p50", "max")
+    table = Table("workers", "n", "of a core p50", "max", "memory p50", "max", "cores beside p50", "max")
     for workers, values in samples.items():
-        share, memory = values["core_share"], values["resident_mib"]
+        share, memory, beside = values["core_share"], values["resident_mib"], values["cores_beside"]
         if share:
-            figures = (f"{statistics.median(share):.2%}", f"{max(share):.2%}")
             table.add_row(
-                workers, str(len(share)), *figures, f"{statistics.median(memory):.1f} MiB", f"{max(memory):.1f} MiB"
+                workers,
+                str(len(share)),
+                *(f"{statistics.median(share):.2%}", f"{max(share):.2%}"),
+                *(f"{statistics.median(memory):.1f} MiB", f"{max(memory):.1f} MiB"),
+                *(f"{statistics.median(beside):.2f}", f"{max(beside):.2f}"),
             )
     return table
+
+
+def _busy() -> float:
+    """Processor seconds that the whole machine has worked so far."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
 @contextlib.contextmanager

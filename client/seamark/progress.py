@@ -91,6 +91,9 @@ class Phase(enum.IntEnum):
     """Whatever has to go on by itself: the function, and what is called between two iterations."""
 
 
+_PHASES = tuple(Phase)
+
+
 class Timeouts(NamedTuple):
     """How long a worker may give no sign of life, in seconds; 0.0 stands for "for ever"."""
 
@@ -312,7 +315,7 @@ class ProgressPage:
     @property
     def phase(self) -> Phase:
         """What the worker's wrapper does."""
-        return Phase(min(self._words[_PHASE], max(Phase)))
+        return _PHASES[min(self._words[_PHASE], len(_PHASES) - 1)]
 
     @property
     def signs(self) -> int:

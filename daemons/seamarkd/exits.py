@@ -11,6 +11,11 @@ ABORT_EXIT_CODE = 130
 PREEMPTION_GRACE = 30.0
 """Seconds workers have for an emergency checkpoint when their host goes away (D12)."""
 
+UNKNOWN_STATUS = -1_000
+"""How it ended nobody saw: it had lost its keeper, and had no agent either. No signal has this number."""
+NOT_STARTED = -1_001
+"""It was to be started and could not be."""
+
 
 def discarded_cause(status: int) -> Cause:
     """The cause of the end of a worker that the job's own rank assignment had dropped."""
@@ -19,6 +24,10 @@ def discarded_cause(status: int) -> Cause:
 
 def exit_cause(status: int) -> Cause:
     """The cause that an exit status tells: an exit code, or minus the number of a signal."""
+    if status == UNKNOWN_STATUS:
+        return Cause(kind="exit", status=status, text="exit status unknown: its keeper was killed before it")
+    if status == NOT_STARTED:
+        return Cause(kind="exit", status=status, text="could not be started")
     if status < 0:
         return Cause(kind="signal", status=-status, text=f"killed by {signal.Signals(-status).name}")
     return Cause(kind="exit", status=status, text=f"exited with code {status}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from standalone import Run, descendants_of, wait_for
 
 from seamarkd.cli.status import ask, assess
@@ -189,6 +191,17 @@ class Following:
         assert self.process.wait(30.0) == -signal.SIGTERM
 
 
+def keepers(name: str) -> list[psutil.Process]:
+    """The keepers of a job."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if ("--job", name) in itertools.pairwise(words) and "--socket" in words:
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
 @contextmanager
 def suite(home: Path, *, env: dict[str, str] | None = None, **more: Any) -> Iterator[Suite]:
     """A suite that leaves nothing behind; ``env`` are more settings."""
@@ -200,3 +213,25 @@ def suite(home: Path, *, env: dict[str, str] | None = None, **more: Any) -> Iter
     finally:
         made.command("down", code=None)
     wait_for("processes of the suite to end", lambda: not descendants_of(str(home)), 20.0)
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """A file system of this size (as tmpfs takes it) at this place, in a mount namespace of its own.
+
+    Yields:
+        The process that holds the namespace, and what a command has to be run by to be in it.
+    """
+    place.mkdir(parents=True)
+    user = [] if os.geteuid() == 0 else ["--map-root-user"]
+    mount = f"mount -t tmpfs -o size={size} tmpfs '{place}' && echo mounted && exec sleep infinity"
+    holder = subprocess.Popen(["unshare", "--mount", *user, "sh", "-c", mount], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        if holder.stdout.readline() != "mounted\n":
+            pytest.skip("this host allows no mount namespace")
+        join = ["--user", "--preserve-credentials"] if user else []
+        yield holder.pid, ("nsenter", "--target", str(holder.pid), "--mount", *join)
+    finally:
+        holder.kill()
+        holder.wait()

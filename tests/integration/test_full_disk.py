@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import errno
-import os
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from standalone import EVERY, STEPS, wait_for
-from suite import suite
+from suite import small_disk, suite
 
 pytestmark = pytest.mark.suite
 
 SIZE = "12m"
 """Room for the database, its write-ahead log and the ballast."""
-
-
-@contextmanager
-def small_disk(place: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """A file system of ``SIZE`` at this place, in a mount namespace of its own.
-
-    Yields:
-        The process that holds the namespace, and what a command has to be run by to be in it.
-    """
-    place.mkdir(parents=True)
-    user = [] if os.geteuid() == 0 else ["--map-root-user"]
-    mount = f"mount -t tmpfs -o size={SIZE} tmpfs '{place}' && echo mounted && exec sleep infinity"
-    holder = subprocess.Popen(["unshare", "--mount", *user, "sh", "-c", mount], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None
-        if holder.stdout.readline() != "mounted\n":
-            pytest.skip("this host allows no mount namespace")
-        join = ["--user", "--preserve-credentials"] if user else []
-        yield holder.pid, ("nsenter", "--target", str(holder.pid), "--mount", *join)
-    finally:
-        holder.kill()
-        holder.wait()
 
 
 def fill(path: Path) -> None:
@@ -60,7 +34,7 @@ def test_a_full_disk_refuses_new_jobs_and_harms_no_running_one(
     script.write_text("print('ran')")
     logs = ("--log-dir", str(home / "logs"))
     with (
-        small_disk(home / "state") as (holder, prefix),
+        small_disk(home / "state", SIZE) as (holder, prefix),
         suite(home, agents=1, slots=5, prefix=prefix) as cluster,
     ):
         disk = Path(f"/proc/{holder}/root{home}/state")

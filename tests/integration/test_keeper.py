@@ -322,6 +322,41 @@ def test_exit_statuses_are_those_of_plain_python(directory: Path, env: dict[str,
     play(scenario())
 
 
+@pytest.mark.parametrize("env", [{}, FORCE_EXEC], ids=["forked", "execed"])
+def test_a_held_worker_runs_once_it_is_released(directory: Path, env: dict[str, str]) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            script = session.script("print('runs', flush=True)")
+            await session.start("held", script, env=env, held=True)
+            await session.run("other", script, env=env)
+            assert session.log("held").read_text() == ""
+            await session.client.release("held", "first")
+            await session.client.release("held", "first")
+            assert (await session.next_exit()).status == 0
+            assert session.log("held").read_text() == "runs\n"
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("env", [{}, FORCE_EXEC], ids=["forked", "execed"])
+def test_a_held_worker_ends_with_its_keeper_and_a_released_one_does_not(directory: Path, env: dict[str, str]) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            script = session.script("import time; print('runs', flush=True); time.sleep(60)")
+            held = await session.start("held", script, env=env, held=True)
+            released = await session.start("released", script, env=env, held=True)
+            await session.client.release("released", "first")
+            await session.printed("released")
+            os.kill(session.client.ready.pid, signal.SIGKILL)
+            await until(lambda: not running(held.process.pid), "the end of the one that nobody wrote down")
+            assert "runs" not in session.log("held").read_text()
+            assert running(released.process.pid)
+            os.kill(released.process.pid, signal.SIGKILL)
+            (directory / "keeper").unlink()
+
+    play(scenario())
+
+
 def test_an_agent_that_comes_back_hears_of_exits_until_it_acknowledges_them(directory: Path) -> None:
     async def scenario() -> None:
         async with keeper(directory) as first:

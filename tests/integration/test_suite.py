@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import random
 import secrets
@@ -14,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from standalone import DEADLINE, EVERY, Run, standalone, wait_for
-from suite import Suite, suite
+from suite import Suite, keepers, suite
 
 pytestmark = pytest.mark.suite
 
@@ -211,17 +209,6 @@ def test_the_coordinator_is_killed_at_random_moments(cluster: Suite, tmp_path: P
         for run in runs:
             run.close()
     assert [(tmp_path / f"ran-{run.name}").read_text() for run in runs] == ["x"] * COORDINATOR_KILLS
-
-
-def keepers(name: str) -> list[psutil.Process]:
-    """The keepers of a job."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if ("--job", name) in itertools.pairwise(words) and "--socket" in words:
-                found.append(process)
-    return sorted(found, key=lambda process: process.pid)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

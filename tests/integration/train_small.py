@@ -1,8 +1,8 @@
 """A tiny DDP training whose end is comparable bit by bit, and which says on the way what it does.
 
 Each rank appends a JSON line per event to ``<out>/rank_<initial rank>.jsonl``: entered, step, done. Faults are asked
-for by the test from outside (kill, SIGUSR1 for an exception, SIGUSR2 for a hang) or by ``--raise-at RANK:STEP`` (an
-exception, in one iteration only).
+for by the test from outside (kill, SIGUSR1 for an exception, SIGUSR2 for a hang, SIGRTMIN for exit code 43) or by
+``--raise-at RANK:STEP`` (an exception, in one iteration only).
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def digest(model: nn.Module) -> str:
 asked: set[int] = set()
 signal.signal(signal.SIGUSR1, lambda signum, frame: asked.add(signum))
 signal.signal(signal.SIGUSR2, lambda signum, frame: asked.add(signum))
+signal.signal(signal.SIGRTMIN, lambda signum, frame: os._exit(43))
 
 
 def obey() -> None:

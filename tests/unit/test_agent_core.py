@@ -70,6 +70,7 @@ from seamarkd.agent.core import (
     ToWorker,
 )
 from seamarkd.agent.hang import Verdict
+from seamarkd.exits import UNKNOWN_STATUS
 
 T = TypeVar("T", bound=Message)
 NOW = 10.0
@@ -396,6 +397,23 @@ def test_living_workers_are_taken_up_and_nobody_is_started() -> None:
     assert started(agent.from_coordinator(NOW, roster())) == []
     assert [one.pid for one in to_coordinator(agent.welcomed(NOW), WorkerStarted)] == [100, 101]
     assert [one.incarnation for one in to_lighthouse(agent.registered(NOW), MemberStarted)] == ["i0", "i1"]
+
+
+def test_how_a_worker_ended_and_that_it_has_no_keeper_is_written_down() -> None:
+    bench = Bench()
+    assert bench.agent.keeper_lost("job") == [Remember("job")]
+    assert [worker.orphan for worker in remembered(bench).workers.values()] == [True, True]
+    effects = bench.exit(43)
+    assert effects[0] == Remember("job")
+    assert remembered(bench).exited["i0"].status == 43
+
+
+def test_a_worker_that_had_completed_and_ended_unseen_is_not_lost() -> None:
+    bench = Bench()
+    bench.agent.from_lighthouse(NOW, Completed("job", "ranks", [Recipient("job/0", "i0", 1)]))
+    effects = bench.exit(UNKNOWN_STATUS)
+    assert to_lighthouse(effects, MemberLost) == []
+    assert to_coordinator(effects, WorkerExited)[0].completed
 
 
 def test_a_worker_that_was_to_be_started_is_started() -> None:

@@ -53,6 +53,7 @@ from seamarkd.coordinator.effects import Effect, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import FRUITLESS_RESTARTS, Job, record
 from seamarkd.coordinator.jobs import Coordinator
 from seamarkd.effects import Send
+from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
 
 T = TypeVar("T", bound=Message)
 STORE = StoreAddress("127.0.0.1", 20002, "s0")
@@ -250,6 +251,26 @@ def test_a_replaced_worker_is_charged_and_nothing_else_happens() -> None:
     effects = bench.exit(1, -9, replacement="new")
     assert bench.told(StopWorkers, effects) == []
     assert (bench.job.process_restarts, bench.job.budget.remaining(0.0)) == (1, 1)
+
+
+def test_a_replacement_that_could_not_be_started_leaves_no_place_that_nobody_fills() -> None:
+    bench = Bench()
+    bench.run()
+    last = WorkerExited(0, "job", 0, "job/1", "old", -9, True, False, False, "new", "/log", [], 1)
+    bench.job.processes["job/1"].incarnation = "old"
+    bench.send(last)
+    bench.send(msgspec.structs.replace(last, incarnation="new", status=NOT_STARTED, replacement="", charged=0))
+    assert bench.job.sentence == "rank 1 could not be started; all workers are restarted"
+    assert bench.told(StopWorkers)
+
+
+def test_who_completed_has_finished_although_nobody_saw_how_it_ended() -> None:
+    bench = Bench()
+    bench.run()
+    bench.exit(0, UNKNOWN_STATUS, completed=True)
+    bench.exit(1, 0, completed=True)
+    bench.all_stopped()
+    assert bench.job.state == "SUCCEEDED"
 
 
 def test_success_needs_every_rank() -> None:

@@ -45,7 +45,7 @@ from seamarkd.agent.core import Effect, EndWorker, Remember, SignalWorker, Start
 from seamarkd.agent.hang import HangWatch, Reading
 from seamarkd.agent.lone import STOP_GRACE, Launch, LoneAgent
 from seamarkd.agent.memory import Memory, Remembered
-from seamarkd.agent.watch import DeathWatch, How, is_dying, is_stopped
+from seamarkd.agent.watch import DeathWatch, How, is_dying
 from seamarkd.agent.wires import NotThisHostError, Wires
 from seamarkd.cli.exit_codes import CONFIGURATION
 from seamarkd.exits import ABORT_EXIT_CODE
@@ -320,7 +320,7 @@ class Companion:
     def _look(self) -> float:
         process = self._process
         if process is not None:
-            reading = Reading.of(process.page, stopped=is_stopped(process.pid))
+            reading = Reading.of(process.page, stopped=process.watch.stopped)
             verdict = process.hang.look(time.monotonic(), reading)
             if verdict is not None:
                 log.warning("job %s: %s: %s", self._job, self._core.node, verdict.text)

@@ -63,7 +63,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.agent.hang import Verdict
 from seamarkd.cursor import EventCursor
-from seamarkd.exits import ABORT_EXIT_CODE, PREEMPTION_GRACE, discarded_cause, exit_cause
+from seamarkd.exits import ABORT_EXIT_CODE, PREEMPTION_GRACE, UNKNOWN_STATUS, discarded_cause, exit_cause
 
 RESEND_INTERVAL = 0.5
 """Seconds between two sendings of a report that nobody acknowledged."""
@@ -209,6 +209,10 @@ class Worker(Struct):
     ordered: bool = False
     hang: str = ""
     """Why it is being ended: it gave no sign of life."""
+    orphan: bool = False
+    """Its keeper was killed: its agent alone looks after it."""
+    status: int | None = None
+    """How it ended."""
 
 
 class Job(Struct):
@@ -546,6 +550,15 @@ class Agent:
         )
         return self._report(now, ToCoordinator(message))
 
+    def keeper_lost(self, job_name: str) -> list[Effect]:
+        """The job's keeper was killed. Its workers live on, and no other keeper will ever know of them."""
+        job = self.jobs.get(job_name)
+        if job is None:
+            return []
+        for worker in job.workers.values():
+            worker.orphan = worker.orphan or worker.pid != 0
+        return [Remember(job_name)]
+
     def dying(self, now: float, job_name: str, incarnation: str, how: str, at: float) -> list[Effect]:
         """The kernel says that a worker is dying, before its exit status is known."""
         job = self.jobs.get(job_name)
@@ -598,11 +611,12 @@ class Agent:
         worker = job.workers.pop(incarnation, None) if job else None
         if job is None or worker is None:
             return []
+        worker.status = status
         if status == 0 and not worker.wrapped and not self.draining:
             # On a node that drains it ends because it was asked to.
             worker.completed = True
         effects: list[Effect] = []
-        if not (status == 0 and worker.completed):
+        if not (status in (0, UNKNOWN_STATUS) and worker.completed):
             cause = discarded_cause(status) if discarded else exit_cause(status)
             if worker.hang:
                 cause = Cause(kind="hang", status=cause.status, text=f"{worker.hang}; {cause.text}")

@@ -10,8 +10,9 @@ descriptors beside it where noted:
     request                                         answer, with the request's id
     hello {epoch}                                   ready {pid, modules, forks, culprit, reason, ...}
     start {slot, incarnation, kind, env, log, ...}  started {pid, start_time, ...} + pidfd, progress page
-      kind worker: {argv, module, cwd, num_threads, cpus}
+      kind worker: {argv, module, cwd, num_threads, cpus, held}
       kind store: {host, port}
+    release {slot, incarnation}                     released; a worker started as held waits for it
     signal {slot, incarnation, signum, group}       signalled {reached}
     list                                            known {...} + pidfd, progress page; ...; listed {count}
     acknowledge {slot, incarnation}                 acknowledged
@@ -459,6 +460,7 @@ class Forked:
     env: dict[str, str]
     log: int
     page: int
+    gate: int | None
     close_keeper: Callable[[], None]
 
     def become(self) -> Task:
@@ -479,8 +481,22 @@ class Forked:
         os.environ.clear()
         os.environ.update(self.env)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if self.gate is not None:
+            wait_for_release(self.gate)
         reseed()
         return self.task
+
+
+def wait_for_release(gate: int) -> None:
+    """Let nothing of the worker happen before its agent has written down that it is there.
+
+    A keeper that was killed can't let it go: whoever starts another worker in this place starts the only one.
+    """
+    released = os.read(gate, 1)
+    os.close(gate)
+    if not released:
+        print("its keeper was killed before anybody knew of this process", file=sys.stderr, flush=True)
+        os._exit(os.EX_OSERR)
 
 
 def fork() -> int:
@@ -499,11 +515,12 @@ def fork() -> int:
     return pid
 
 
-def spawn(task: Task, env: dict[str, str], log: int, page: int) -> int:
+def spawn(task: Task, env: dict[str, str], log: int, page: int, gate: int | None) -> int:
     """The same process by exec, safe to do with threads around."""
     if isinstance(task, Worker):
         options = ["--run", str(task.num_threads), "--cwd", task.cwd, *(["--module"] if task.module else [])]
         options += ["--cpus", ",".join(map(str, task.cpus))] if task.cpus else []
+        options += ["--gate", "4"] if gate is not None else []
         arguments = [*options, "--", *task.argv]
     else:
         arguments = ["--serve-store", "4", "--host", task.host, "--port", str(task.port)]
@@ -516,6 +533,8 @@ def spawn(task: Task, env: dict[str, str], log: int, page: int) -> int:
     ]
     if isinstance(task, Store):
         actions.append((os.POSIX_SPAWN_DUP2, task.listener, 4))
+    if gate is not None:
+        actions.append((os.POSIX_SPAWN_DUP2, gate, 4))
     return os.posix_spawn(
         sys.executable,
         [sys.executable, os.path.abspath(__file__), *arguments],
@@ -655,17 +674,21 @@ class Record:
     port: int | None
     pidfd: int
     page: int
+    gate: int | None = None
     status: int | None = None
     core: bool = False
     at: float | None = None
     discarded: bool = False
 
     def describe(self) -> Message:
-        return {name: value for name, value in vars(self).items() if name not in ("pidfd", "page")}
+        return {name: value for name, value in vars(self).items() if name not in ("pidfd", "page", "gate")}
 
     def close(self) -> None:
         os.close(self.pidfd)
         os.close(self.page)
+        if self.gate is not None:
+            os.close(self.gate)
+            self.gate = None
 
 
 class Connection:
@@ -758,6 +781,7 @@ class Keeper:
         self._waker.setblocking(False)
         self._requests: dict[str, Callable[[Connection, Message], Forked | None]] = {
             "start": self._on_start,
+            "release": self._on_release,
             "signal": self._on_signal,
             "list": self._on_list,
             "acknowledge": self._on_acknowledge,
@@ -967,13 +991,20 @@ class Keeper:
             child_owned.callback(os.close, log)
             page = blank_page()
             undo.callback(os.close, page)
+            gate = gate_here = None
+            if isinstance(task, Worker) and flag(request, "held"):
+                gate, gate_here = os.pipe()
+                child_owned.callback(os.close, gate)
+                undo.callback(os.close, gate_here)
             why_exec = self._why_exec(env)
             forked_at = time.monotonic()
-            pid = fork() if why_exec is None else spawn(task, env, log, page)
+            pid = fork() if why_exec is None else spawn(task, env, log, page, gate)
             if pid == 0:
                 child_owned.pop_all()
                 undo.pop_all()
-                return Forked(task, env | {PROGRESS_FD: str(page)}, log, page, self.close)
+                if gate_here is not None:
+                    os.close(gate_here)
+                return Forked(task, env | {PROGRESS_FD: str(page)}, log, page, gate, self.close)
             fork_seconds = time.monotonic() - forked_at
             undo.callback(os.kill, pid, signal.SIGKILL)
             record = Record(
@@ -989,6 +1020,7 @@ class Keeper:
                 port=task.port if isinstance(task, Store) else None,
                 pidfd=os.pidfd_open(pid),
                 page=page,
+                gate=gate_here,
             )
             undo.pop_all()
         self._records[key] = self._living[pid] = record
@@ -1014,6 +1046,15 @@ class Keeper:
             # Held as long as the keeper lives: while no store runs, clients wait in line instead of failing.
             self._store_sockets[host, port] = sock
         return Store(host, port, os.dup(sock.fileno()))
+
+    def _on_release(self, connection: Connection, request: Message) -> None:
+        record = self._known(request)
+        if record.gate is not None:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(record.gate, b"1")
+            os.close(record.gate)
+            record.gate = None
+        connection.send({"type": "released", "id": request_id(request)})
 
     def _on_signal(self, connection: Connection, request: Message) -> None:
         record = self._known(request)
@@ -1204,6 +1245,7 @@ def main(argv: list[str]) -> Task:
     own.add_argument("--run", type=int, metavar="NUM_THREADS")
     own.add_argument("--cwd")
     own.add_argument("--cpus", default="")
+    own.add_argument("--gate", type=int, metavar="FD")
     own.add_argument("--module", action="store_true")
     own.add_argument("--serve-store", type=int, metavar="FD")
     own.add_argument("--host")
@@ -1211,6 +1253,8 @@ def main(argv: list[str]) -> Task:
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     options = parser.parse_args(ours)
     if options.run is not None:
+        if options.gate is not None:
+            wait_for_release(options.gate)
         cpus = [int(cpu) for cpu in options.cpus.split(",") if cpu]
         return Worker(theirs, options.module, options.cwd, options.run, cpus)
     if options.serve_store is not None:

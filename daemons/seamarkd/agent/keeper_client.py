@@ -122,6 +122,8 @@ class KeeperClient:
     """
 
     ready: Ready
+    superseded = False
+    """Whether a newer agent has taken the keeper over."""
 
     def __init__(
         self,
@@ -263,6 +265,7 @@ class KeeperClient:
         num_threads: int,
         module: bool = False,
         cpus: Sequence[int] = (),
+        held: bool = False,
         timeout: float = REQUEST_TIMEOUT,
     ) -> Held:
         """Start a worker; asked again for the same slot and incarnation, the same answer.
@@ -277,6 +280,7 @@ class KeeperClient:
             num_threads: threads of torch and of numpy's linear algebra.
             module: run it as ``python -m``.
             cpus: the processors it is bound to; none for all that the keeper has.
+            held: nothing of it runs before `release`; if the keeper is killed before that, it ends.
             timeout: seconds.
 
         Raises:
@@ -294,8 +298,17 @@ class KeeperClient:
             "num_threads": num_threads,
             "module": module,
             "cpus": list(cpus),
+            "held": held,
         }
         return _held(await self._ask(request, timeout))
+
+    async def release(self, slot: str, incarnation: str, *, timeout: float = REQUEST_TIMEOUT) -> None:
+        """Let a worker run that was started as held; again, it has no effect.
+
+        Raises:
+            KeeperError: the keeper has no such process (`code` "unknown_process").
+        """
+        await self._ask({"type": "release", "slot": slot, "incarnation": incarnation}, timeout)
 
     async def start_store(
         self,
@@ -508,6 +521,7 @@ class KeeperClient:
         if message["type"] == "exited":
             self._on_exited(_process(message))
         elif message["type"] == "superseded":
+            self.superseded = True
             self._lose(f"an agent of epoch {message['epoch']} has taken the keeper over")
         elif message["id"] in self._answers:
             self._answers[message["id"]].put_nowait(packet)

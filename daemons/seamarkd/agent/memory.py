@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 
 
 class Remembered(Struct):
-    """A job of this node, and where its keeper listens."""
+    """A job of this node, where its keeper listens, and its TCPStore's process: id and time of the fork."""
 
     job: Job
     keeper: str
+    store: tuple[int, float] = (0, 0.0)
 
 
 class Memory:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import signal
 import time
@@ -15,11 +14,13 @@ from typing import Any
 
 import zmq
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS, SECURITY_KEYS, STORE_OFFSET
 from seamark.progress import ProgressPage
 from seamark.protocol.keys import Key
 from seamark.protocol.messages import JobProgress, JobSpec, StoreAddress
+from seamarkd.agent import orphans
 from seamarkd.agent.core import (
     UNCHECKED,
     Agent,
@@ -35,6 +36,7 @@ from seamarkd.agent.core import (
     StartWorker,
     StopJobHere,
     WatchWorker,
+    Worker,
 )
 from seamarkd.agent.hang import HangWatch, Reading
 from seamarkd.agent.health import HealthChecks, probe, summary
@@ -43,11 +45,12 @@ from seamarkd.agent.keeper_client import Process as KeeperProcess
 from seamarkd.agent.logfiles import LogLimits, LogWatch, log_path, log_tail, remove_outdated
 from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.oom import OomKills, own_counter
+from seamarkd.agent.orphans import Orphan
 from seamarkd.agent.ports import PortsTaken, candidates
-from seamarkd.agent.watch import DeathWatch, How, is_stopped
+from seamarkd.agent.watch import DeathWatch, How
 from seamarkd.agent.wires import Wires
-from seamarkd.agent.workers import cpus, environment, runs_since, threads_per_worker
-from seamarkd.exits import PREEMPTION_GRACE
+from seamarkd.agent.workers import cpus, environment, threads_per_worker
+from seamarkd.exits import NOT_STARTED, PREEMPTION_GRACE, UNKNOWN_STATUS
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +86,12 @@ class Kept(Struct):
     logs: dict[str, Path] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
     """Exits that were reported before the answer to the start."""
+    orphans: dict[str, Orphan] = field(default_factory=dict)
+    """By incarnation: whose keeper was killed; the store's service, too."""
     store: str = ""
+    store_process: Held | None = None
+    store_born: tuple[int, float] = (0, 0.0)
+    """Its process id and the time of its fork, also before this agent has it."""
     adopted: bool = False
     """An earlier agent started the keeper: it ends when it is told to, not when this agent gives up connecting."""
     ending: bool = False
@@ -95,6 +103,21 @@ class Kept(Struct):
         """Closes the connection and all descriptors; the processes live on."""
         if self.keeper.done() and not self.keeper.cancelled() and self.keeper.exception() is None:
             self.keeper.result().close()
+        for orphan in self.orphans.values():
+            orphan.close()
+        self.orphans.clear()
+        self.close_processes()
+        if self.store_process is not None:
+            self.store_process.close()
+            self.store_process = None
+
+    def keep_store(self, held: Held | None) -> None:
+        """From now on that is the store's process."""
+        self.store_process = held
+        self.store_born = (held.process.pid, held.process.forked_at) if held is not None else (0, 0.0)
+
+    def close_processes(self) -> None:
+        """Closes the workers' descriptors."""
         for process in self.processes.values():
             process.close()
         self.processes.clear()
@@ -222,35 +245,43 @@ class AgentShell:
                 on_closed=lambda why: self._lost_keeper(job.name, why),
             )
         )
-        kept = self._kept[job.name] = Kept(connecting, remembered.keeper, store=job.store_incarnation, adopted=True)
+        kept = self._kept[job.name] = Kept(
+            connecting, remembered.keeper, store=job.store_incarnation, store_born=remembered.store, adopted=True
+        )
+        for worker in [one for one in job.workers.values() if one.orphan]:
+            self._take_up_orphan(job, kept, worker)
         work = self._take_up(job, kept)
-        if any(worker.pid for worker in (*job.workers.values(), *job.exited.values())):
+        if any(worker.pid and not worker.orphan for worker in (*job.workers.values(), *job.exited.values())):
             await work
         else:
             # Its keeper may still import torch, for seconds in which the other jobs' workers want their agent.
             self._spawn(work)
 
     async def _take_up(self, job: Job, kept: Kept) -> None:
+        connecting = kept.keeper
+        processes: list[Held] = []
         try:
-            keeper = await kept.keeper
+            keeper = await connecting
             processes = await keeper.list_processes()
         except KeeperError as error:
-            log.error("job %s: its keeper is gone (%s), and with it the exit statuses of its workers", job.name, error)
-            del self._kept[job.name]
-            self._without_keeper(job)
+            log.error("job %s: its keeper is gone (%s): its workers live on without one", job.name, error)
+            self._perform(self.core.keeper_lost(job.name))
+            self._replace_keeper(job.name, kept, connecting)
+        if self._kept.get(job.name) is not kept or kept.ending:
+            # It was told meanwhile to end all of it.
+            for held in processes:
+                held.close()
             return
         ended: list[Held] = []
         for held in processes:
-            process = held.process
-            if process.slot == STORE_SLOT or process.status is not None:
+            if held.process.slot == STORE_SLOT and held.process.status is None:
+                kept.keep_store(held)
+                if held.process.incarnation == job.store_incarnation and not job.store.port:
+                    self._store_listens(job.name, held.process)
+            elif held.process.status is not None:
                 ended.append(held)
-                if process.incarnation == job.store_incarnation and process.status is None and not job.store.port:
-                    self._store_listens(job.name, process)
-                continue
-            page = ProgressPage(held.page)
-            watch = self._watch(job.name, held, page)
-            watch.arm()
-            kept.processes[process.incarnation] = Process(held, page, watch)
+            else:
+                self._take_in(job, kept, held)
         roster = job.roster
         if roster is not None:
             kept.logs = {
@@ -261,26 +292,85 @@ class AgentShell:
             }
             self._watch_logs(job.name)
         known = {held.process.incarnation: (held.process.pid, held.process.forked_at) for held in processes}
+        others = [one for one in (*job.workers.values(), *job.exited.values()) if one.incarnation not in known]
+        # Of these no keeper knows: they live without one, or have ended.
+        unknown = [one for one in others if one.pid or one.incarnation in job.exited]
+        for worker in unknown:
+            if worker.incarnation in job.workers and worker.incarnation not in kept.processes:
+                self._take_up_orphan(job, kept, worker)
+            known[worker.incarnation] = (worker.pid, worker.forked_at)
+        store_lost = kept.store_process is None and job.has_store and not self._take_up_store(job, kept)
+        if store_lost and roster is None:
+            job.store = StoreAddress()
         self._perform(self.core.adopt(time.monotonic(), job, known))
         for held in ended:
-            if held.process.status is not None:
-                self._exited(job.name, held.process)
+            self._exited(job.name, held.process)
             held.close()
+        for worker in unknown:
+            if worker.incarnation in job.workers and worker.incarnation not in kept.processes:
+                self._ended_unseen(job.name, worker)
+        if store_lost and roster is not None:
+            self._perform(self.core.store_exited(job.name))
+        self._remember(job.name)
+        for held in processes:
+            if held.process.kind == "worker" and held.process.status is None:
+                self._spawn(self._release(keeper, held.process))
         log.info("job %s: took up %d workers", job.name, len(kept.processes))
 
-    def _without_keeper(self, job: Job) -> None:
-        """Nobody can tell how these workers end: they are ended, and their job goes on with others."""
-        for worker in job.workers.values():
-            if worker.pid and runs_since(worker.pid, worker.forked_at):
-                os.kill(worker.pid, signal.SIGKILL)
-        job.store = StoreAddress()
-        if job.roster is not None:
-            job.store_incarnation = ""
-        known = {one.incarnation: (one.pid, one.forked_at) for one in (*job.workers.values(), *job.exited.values())}
+    def _take_in(self, job: Job, kept: Kept, held: Held) -> None:
+        page = ProgressPage(held.page)
+        watch = self._watch(job.name, held, page)
+        watch.arm()
+        kept.processes[held.process.incarnation] = Process(held, page, watch)
+
+    # --- without a keeper ----------------------------------------------------------------------------------
+
+    def _take_up_orphan(self, job: Job, kept: Kept, worker: Worker) -> None:
+        """Nothing happens if it has ended."""
+        held = orphans.take_up(worker.member, worker.incarnation, worker.pid, worker.forked_at)
+        if held is not None:
+            self._take_in(job, kept, held)
+            self._keep_orphan(job.name, kept, held)
+
+    def _take_up_store(self, job: Job, kept: Kept) -> bool:
+        """Whether it lives."""
+        pid, forked_at = kept.store_born
+        held = orphans.take_up(STORE_SLOT, job.store_incarnation, pid, forked_at) if pid else None
+        kept.keep_store(held)
+        if held is not None:
+            self._keep_orphan(job.name, kept, held)
+        return held is not None
+
+    def _ended_unseen(self, job: str, worker: Worker) -> None:
+        status = UNKNOWN_STATUS if worker.status is None else worker.status
+        path = self._kept[job].logs.pop(worker.incarnation, None)
+        tail = log_tail(path) if path is not None and status != 0 else []
         now = time.monotonic()
-        self._perform(self.core.adopt(now, job, known))
-        for incarnation in known:
-            self._perform(self.core.exited(now, job.name, incarnation, -signal.SIGKILL, now, "", []))
+        self._perform(self.core.exited(now, job, worker.incarnation, status, now, str(path or ""), tail))
+
+    def _keep_orphan(self, job: str, kept: Kept, held: Held) -> None:
+        incarnation = held.process.incarnation
+
+        def exited(status: int) -> None:
+            del kept.orphans[incarnation]
+            process = kept.processes.get(incarnation)
+            discarded = process is not None and process.page.discarded
+            self._exited(job, replace(held.process, status=status, at=time.monotonic(), discarded=discarded))
+
+        kept.orphans[incarnation] = Orphan(held, exited)
+
+    def _orphan_all(self, job: str, kept: Kept) -> None:
+        living = [process.held for process in kept.processes.values()]
+        living += [kept.store_process] if kept.store_process is not None else []
+        for held in living:
+            if held.process.incarnation not in kept.orphans:
+                self._keep_orphan(job, kept, held)
+
+    def _replace_keeper(self, job: str, kept: Kept, lost: asyncio.Future[KeeperClient]) -> None:
+        """Another one imports torch from now on, for those that may have to be replaced."""
+        if kept.keeper is lost and not kept.ending:
+            kept.adopted = False
+            kept.keeper = self._loop.create_task(self._spawn_keeper(job, kept.socket))
 
     # --- effects -------------------------------------------------------------------------------------------
 
@@ -346,7 +436,8 @@ class AgentShell:
             self._memory.forget(name)
             return
         try:
-            self._memory.write(Remembered(job, self._kept[name].socket if name in self._kept else ""))
+            kept = self._kept.get(name)
+            self._memory.write(Remembered(job, kept.socket, kept.store_born) if kept else Remembered(job, ""))
         except OSError as error:
             log.error("job %s: can't write down what this node has to do for it: %s", name, error)
 
@@ -364,6 +455,8 @@ class AgentShell:
             socket = str(self._run_directory / f"keeper-{secrets.token_hex(3)}")
             kept = self._kept[job] = Kept(self._loop.create_task(self._spawn_keeper(job, socket)), socket)
             self._remember(job)
+        elif kept.keeper.done() and (kept.keeper.cancelled() or kept.keeper.exception() is not None):
+            self._replace_keeper(job, kept, kept.keeper)
         return kept
 
     async def _start_keeper(self, order: StartKeeper) -> None:
@@ -376,32 +469,81 @@ class AgentShell:
         spec = self.core.spec(job)
         keeper_log, _ = _other_logs(spec)
         self._watch_logs(job)
-        keeper = await KeeperClient.spawn(
-            spec.python,
-            socket,
-            job=job,
-            env=spec.env,
-            cwd=spec.cwd,
-            log=str(keeper_log),
-            epoch=self._epoch,
-            on_exited=lambda process: self._exited(job, process),
-            on_closed=lambda why: self._lost_keeper(job, why),
-            linger=self._linger,
-            preload=spec.preload,
-        )
+        hears: dict[str, Any] = {
+            "epoch": self._epoch,
+            "on_exited": lambda process: self._exited(job, process),
+            "on_closed": lambda why: self._lost_keeper(job, why),
+        }
+        try:
+            keeper = await KeeperClient.spawn(
+                spec.python,
+                socket,
+                job=job,
+                env=spec.env,
+                cwd=spec.cwd,
+                log=str(keeper_log),
+                linger=self._linger,
+                preload=spec.preload,
+                **hears,
+            )
+        except KeeperError as error:
+            try:
+                # One that an earlier start of this agent has started may have come first.
+                keeper = await KeeperClient.connect(socket, **hears)
+            except KeeperError:
+                raise error from None
         if not keeper.ready.forks:
             log.warning("job %s: workers are started by exec, not forked: %s", job, keeper.ready.reason)
         return keeper
 
     def _lost_keeper(self, job: str, why: str) -> None:
         kept = self._kept.get(job)
-        if kept is None or not kept.ending:
-            log.error("job %s: lost the keeper: %s", job, why)
+        if kept is None or kept.ending:
+            return
+        log.error("job %s: lost the keeper: %s", job, why)
+        lost = kept.keeper
+        # One that was never ready has no process, and is awaited by whoever wanted it.
+        if lost.done() and not lost.cancelled() and lost.exception() is None and not lost.result().superseded:
+            self._orphan_all(job, kept)
+            self._perform(self.core.keeper_lost(job))
+            self._replace_keeper(job, kept, lost)
 
     async def _start_worker(self, order: StartWorker) -> None:
-        kept = self._keeper(order.job)
-        keeper = await kept.keeper
-        roster = self.core.jobs[order.job].roster
+        kept = connecting = None
+        try:
+            kept = self._keeper(order.job)
+            connecting = kept.keeper
+            held = await self._fork(await connecting, kept, order)
+        except (KeeperError, OSError) as error:
+            if kept is None or kept.keeper is connecting:
+                self._not_started(order, str(error))
+            elif not kept.ending:
+                # Its keeper was killed, and what that may have forked meanwhile has ended unreleased.
+                self._spawn(self._start_worker(order))
+            return
+        if held is not None and kept.keeper is not connecting:
+            self._keep_orphan(order.job, kept, held)
+            self._perform(self.core.keeper_lost(order.job))
+
+    def _not_started(self, order: StartWorker, why: str) -> None:
+        """For policy and budget it has a place and has ended."""
+        kept = self._kept.get(order.job)
+        if kept is None or kept.ending:
+            return
+        log.error("job %s: can't start %s: %s", order.job, order.member, why)
+        path, now = kept.logs.pop(order.incarnation, None), time.monotonic()
+        tail = [f"node {self.core.node}: {why}"]
+        self._perform(self.core.exited(now, order.job, order.incarnation, NOT_STARTED, now, str(path or ""), tail))
+
+    async def _fork(self, keeper: KeeperClient, kept: Kept, order: StartWorker) -> Held | None:
+        """The new process; None if it has ended already, or is wanted no more."""
+        job = self.core.jobs.get(order.job)
+        worker = job.workers.get(order.incarnation) if job is not None else None
+        if job is None or worker is None:
+            return None
+        if worker.ordered:
+            raise KeeperError("stopping", "it was to end before it had begun")
+        roster = job.roster
         assert roster is not None
         slot = next(slot for slot in roster.slots if slot.member == order.member)
         path = kept.logs[order.incarnation] = log_path(roster.spec, slot, roster.generation)
@@ -421,16 +563,25 @@ class AgentShell:
             num_threads=threads_per_worker(roster.spec),
             module=roster.spec.module,
             cpus=cpus(roster, slot),
+            held=True,
         )
         if held.process.status is not None or order.incarnation in kept.ended or order.incarnation in kept.processes:
             kept.ended.discard(order.incarnation)
             held.close()
-            return
+            return None
         page = ProgressPage(held.page)
         watch = self._watch(order.job, held, page)
         kept.processes[order.incarnation] = Process(held, page, watch)
         pid, forked_at = held.process.pid, held.process.forked_at
         self._perform(self.core.worker_started(time.monotonic(), order.job, order.incarnation, pid, forked_at))
+        await self._release(keeper, held.process)
+        return held
+
+    async def _release(self, keeper: KeeperClient, process: KeeperProcess) -> None:
+        """It is written down, with its process id: from now on it may do something."""
+        # It ends unreleased where its keeper was killed, or was told to end it.
+        with contextlib.suppress(KeeperError):
+            await keeper.release(process.slot, process.incarnation)
 
     def _watch_logs(self, job: str) -> None:
         self._log_watch.watch(job, (*_other_logs(self.core.spec(job)), *self._kept[job].logs.values()))
@@ -461,6 +612,9 @@ class AgentShell:
             return
         reported = self.core.runs(job, ended.incarnation)
         if ended.slot == STORE_SLOT:
+            if kept.store_process is not None and kept.store_process.process.incarnation == ended.incarnation:
+                kept.store_process.close()
+                kept.keep_store(None)
             if ended.incarnation == kept.store and not kept.ending:
                 log.warning("job %s: the TCPStore service ended with status %d, starting another", job, ended.status)
                 self._perform(self.core.store_exited(job))
@@ -496,12 +650,20 @@ class AgentShell:
         if kept is None or kept.ending:
             return
         keeper = await kept.keeper
-        await keeper.acknowledge(slot, incarnation)
+        try:
+            await keeper.acknowledge(slot, incarnation)
+        except KeeperError as error:
+            if error.code != "unknown_process":
+                raise
+            # It was another keeper's, which was killed.
 
     async def _signal(self, job: str, incarnation: str, signum: int, *, group: bool = True) -> None:
         kept = self._kept.get(job)
         process = kept.processes.get(incarnation) if kept else None
         if kept is None or process is None:
+            return
+        if incarnation in kept.orphans:
+            kept.orphans[incarnation].signal(signum, group=group)
             return
         keeper = await kept.keeper
         await keeper.signal(process.held.process.slot, incarnation, signum, group=group)
@@ -521,25 +683,33 @@ class AgentShell:
     async def _start_store(self, order: StartStore) -> None:
         again = self.core.jobs[order.job].master_port != 0
         detected_at = time.monotonic()
+        kept = connecting = None
         try:
             kept = self._keeper(order.job)
-            keeper = await kept.keeper
-            process = await self._listen(keeper, order)
+            connecting = kept.keeper
+            held = await self._listen(await connecting, order)
         except (KeeperError, PortsTaken, OSError) as error:
+            if kept is not None and kept.keeper is not connecting and not kept.ending:
+                # Its keeper was killed; the next one knows of no store.
+                self._spawn(self._start_store(order))
+                return
             self._perform(self.core.prepare_failed(order.job, str(error)))
             return
         kept.store = order.incarnation
+        kept.keep_store(held)
+        if kept.keeper is not connecting:
+            self._keep_orphan(order.job, kept, held)
         if again:
             self._perform(self.core.store_restarted(time.monotonic(), order.job, detected_at))
         else:
-            self._store_listens(order.job, process)
+            self._store_listens(order.job, held.process)
 
     def _store_listens(self, job: str, process: KeeperProcess) -> None:
         assert process.port is not None
         address = StoreAddress(self._host, process.port, process.incarnation)
         self._perform(self.core.store_started(job, address, process.port - STORE_OFFSET))
 
-    async def _listen(self, keeper: KeeperClient, order: StartStore) -> KeeperProcess:
+    async def _listen(self, keeper: KeeperClient, order: StartStore) -> Held:
         """Starts the store on the first free pair of ports."""
         spec = self.core.spec(order.job)
         _, store_log = _other_logs(spec)
@@ -558,8 +728,7 @@ class AgentShell:
                 if error.code != "port_in_use":
                     raise
                 continue
-            held.close()
-            return held.process
+            return held
         raise PortsTaken(order.fixed, self._host)
 
     # --- the end -------------------------------------------------------------------------------------------
@@ -578,24 +747,37 @@ class AgentShell:
         self._perform(self.core.stopped(time.monotonic(), order.job))
 
     async def _end_job(self, job: str, kept: Kept, grace: float, *, final: bool = True) -> None:
-        if final and not kept.keeper.done() and not kept.adopted:
+        await asyncio.gather(self._stop_keeper(job, kept, grace, final=final), self._stop_orphans(kept, grace))
+        # Its keeper may have been killed while it stopped them; and the store goes last.
+        await self._stop_orphans(kept, grace, store=final)
+        if final:
+            kept.let_go()
+        else:
+            kept.close_processes()
+
+    async def _stop_orphans(self, kept: Kept, grace: float, *, store: bool = False) -> None:
+        left = [one for one in kept.orphans.values() if store or one.held is not kept.store_process]
+        await asyncio.gather(*(one.stop(grace) for one in left))
+
+    async def _stop_keeper(self, job: str, kept: Kept, grace: float, *, final: bool) -> None:
+        connecting = kept.keeper
+        if final and not connecting.done() and not kept.adopted:
             # It imports torch, for seconds; it has no process yet.
             kept.ending = True
-            kept.keeper.cancel()
-            await asyncio.wait([kept.keeper])
+            connecting.cancel()
+            await asyncio.wait([connecting])
             return
         try:
-            keeper = await kept.keeper
+            keeper = await connecting
             kept.ending = final
             left = await keeper.stop(grace, final=final)
         except KeeperError as error:
             log.error("job %s: can't stop the workers: %s", job, error)
+            kept.ending = final
+            self._orphan_all(job, kept)
             return
         if left:
             log.error("job %s: processes that not even SIGKILL ended: %s", job, left)
-        for process in kept.processes.values():
-            process.close()
-        kept.processes.clear()
 
     # --- time ----------------------------------------------------------------------------------------------
 
@@ -613,7 +795,7 @@ class AgentShell:
         now = time.monotonic()
         for name, kept in self._kept.items():
             for incarnation, process in list(kept.processes.items()):
-                reading = Reading.of(process.page, stopped=is_stopped(process.held.process.pid))
+                reading = Reading.of(process.page, stopped=process.watch.stopped)
                 verdict = process.hang.look(now, reading)
                 if verdict is not None:
                     log.warning("job %s: %s: %s", name, process.held.process.slot, verdict.text)

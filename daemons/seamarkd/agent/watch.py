@@ -31,6 +31,8 @@ _PIDFD_THREAD = os.O_EXCL
 # include/linux/sched.h
 _PF_EXITING = 0x4
 _SIGKILL_PENDING = 1 << (9 - 1)
+# Enough of proc_pid_stat(5) for its third field: a number, a name of at most 64 bytes in parentheses, the state.
+_STATE_BYTES = 128
 # The main thread can be between taking its SIGKILL off the queue and being marked as exiting: microseconds,
 # or the scheduler's turns of a busy host. After the last pause the canary is held to have died alone.
 _CONFIRM_PAUSES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
@@ -56,15 +58,6 @@ def is_dying(pid: int, pidfd: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return True
     return bool(flags & _PF_EXITING) or any(int(mask, 16) & _SIGKILL_PENDING for mask in masks)
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a signal stopped the process; one that a debugger holds is not."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            return stat.read().rpartition(b")")[2].split(maxsplit=1)[0] == b"T"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 class DeathWatch:
@@ -99,7 +92,22 @@ class DeathWatch:
         self._warned = False
         self._over = False
         self._process = os.dup(pidfd)
+        try:
+            # Kept open, for it is read four times a second: opening it costs twice as much as reading it.
+            self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError):
+            self._stat = -1
         self._loop.add_reader(self._process, self._die, "pidfd")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal stopped the process; one that a debugger holds is not."""
+        if self._stat < 0:
+            return False
+        try:
+            return os.pread(self._stat, _STATE_BYTES, 0).rpartition(b")")[2].split(maxsplit=1)[0] == b"T"
+        except ProcessLookupError:
+            return False
 
     def arm(self) -> bool:
         """Start to watch the canaries that the page names by now.
@@ -128,6 +136,9 @@ class DeathWatch:
             self._unwatch(thread_id)
         self._loop.remove_reader(self._process)
         os.close(self._process)
+        if self._stat >= 0:
+            os.close(self._stat)
+            self._stat = -1
 
     def _watch(self, thread_id: int) -> None:
         global _thread_pidfds_missing

@@ -31,6 +31,7 @@ from seamarkd.coordinator.job import ENDED, Job
 from seamarkd.coordinator.node import Node
 from seamarkd.coordinator.shards import Answer, JobShards, Numbers
 from seamarkd.effects import Send
+from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
 
 DECISIONS_SHOWN = 1_000
 FAULTS = frozenset({"exception", "hang", "stuck"})
@@ -115,7 +116,7 @@ class Dispatch:
             oom_kill=report.oom_kill,
             notice=report.drains,
             timed_out=bool(report.hang),
-            status=report.status,
+            status=None if report.status in (UNKNOWN_STATUS, NOT_STARTED) else report.status,
             completed=report.completed,
             text=report.hang or "\n".join(report.log_tail),
         )

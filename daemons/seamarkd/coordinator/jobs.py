@@ -91,7 +91,7 @@ from seamarkd.coordinator.policy import Happening, decide
 from seamarkd.coordinator.shards import Saved
 from seamarkd.cursor import EventCursor
 from seamarkd.effects import Send
-from seamarkd.exits import ABORT_EXIT_CODE, PREEMPTION_GRACE, exit_cause
+from seamarkd.exits import ABORT_EXIT_CODE, NOT_STARTED, PREEMPTION_GRACE, UNKNOWN_STATUS, exit_cause
 
 STOP_GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL when all workers are stopped."""
@@ -707,7 +707,8 @@ class Coordinator:
         process = job.processes.get(report.member)
         # A lighthouse that ended with its answer has told nobody else: the number must not be given again.
         job.iteration = max(job.iteration, report.iteration)
-        current = process is None or process.incarnation == report.incarnation
+        # Of one that could not be started nobody has said that it was.
+        current = process is None or process.incarnation == report.incarnation or report.status == NOT_STARTED
         if process is not None and current:
             process.alive = False
         job.incidents.exited(report)
@@ -721,7 +722,7 @@ class Coordinator:
 
     def _decide(self, now: float, job: Job, report: WorkerExited) -> list[Effect]:
         rank = report.member.rpartition("/")[2]
-        if report.status == 0 and report.completed:
+        if report.status in (0, UNKNOWN_STATUS) and report.completed:
             job.finished.add(report.member)
             return self._carry_out(now, job, "worker-finished", "")
         if report.discarded:
