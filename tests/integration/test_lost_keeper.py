@@ -141,4 +141,4 @@ def test_a_worker_that_cannot_be_started_is_one_that_has_ended(cluster: Suite, r
     end(run, 0, 1)
     assert run.finish() == 1, run.text()
     assert "rank 0 could not be started, and the 1 restarts of --max-restarts are used up" in run.text()
-    assert f"can't open the log file {logs}/rank_0.log" in run.text()
+    assert f"can't open the log file {logs}/rank_0." in run.text()
