@@ -8,7 +8,8 @@
 
 Each worker of the DataLoader leases shards for itself, and as many ahead as the DataLoader prefetches. What it has
 read counts for nothing until the trainer, in the main process, says ``done()``: then the batch is checkpointed, and
-with the last one the shard is complete. A lease belongs to the rank's process, so its workers may take it and the trainer end it.
+with the last one the shard is complete. A lease belongs to the rank's process, so its workers may take it and the
+trainer end it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class ShardBatch:
         dataset: what it is of.
         data: what ``load`` made of the samples, or their numbers where there is no ``load``; None in an empty batch.
         indices: the numbers of the samples.
-        index: the number of the batch in its shard. Where the batch size was halved, several parts have the same.
+        index: its number in its shard. Where the batch size was halved, several parts have the same.
         lease: under which it was read.
         ends_batch: it is the last part with this ``index``.
         ends_shard: it is the last of the shard.
@@ -60,6 +61,8 @@ class ShardBatch:
     lease: ShardLease | None = None
     ends_batch: bool = False
     ends_shard: bool = False
+    settled: bool = False
+    """``done`` or ``fail`` was said."""
 
     def __bool__(self) -> bool:
         return self.lease is not None
@@ -84,7 +87,7 @@ class ShardBatch:
         if self.lease is None:
             return True
         trainer, shard = self._here(self.lease)
-        trainer.current = None
+        trainer.current, self.settled = None, True
         if self.ends_shard:
             return trainer.report(shard, CompleteShard, digest=result_digest)
         return not self.ends_batch or trainer.report(shard, CheckpointShard, progress=self.index + 1)
@@ -98,11 +101,11 @@ class ShardBatch:
         if self.lease is None:
             return True
         trainer, shard = self._here(self.lease)
-        trainer.current = None
+        trainer.current, self.settled = None, True
         return shard.fail(error, self.index, kind)
 
     def __enter__(self) -> Self:
-        """From here on an exception that ends the process, or its iteration, is taken for this batch's."""
+        """An exception in this block that ends the process, or its iteration, is this batch's; the block's end, done()."""
         if self.lease is not None:
             trainer, shard = self._here(self.lease)
             shard.current = self.index
@@ -112,7 +115,7 @@ class ShardBatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None and not self.settled:
             self.done()
 
     def _here(self, lease: ShardLease) -> tuple[Shards, Shard]:
