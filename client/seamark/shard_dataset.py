@@ -105,7 +105,7 @@ class ShardBatch:
         return shard.fail(error, self.index, kind)
 
     def __enter__(self) -> Self:
-        """An exception in this block that ends the process, or its iteration, is this batch's; the block's end, done()."""
+        """An exception that leaves this block is taken for this batch's; the end of the block is its ``done``."""
         if self.lease is not None:
             trainer, shard = self._here(self.lease)
             shard.current = self.index

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import signal
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +61,12 @@ class Trainer:
 
     def say(self, event: str, **fields: object) -> None:
         """For the test."""
-        self.file.write(json.dumps({"event": event, "pid": os.getpid(), **fields}) + "\n")
+        self.file.write(json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic(), **fields}) + "\n")
         self.file.flush()
 
-    def train(self) -> None:
+    def train(self, call: seamark.CallWrapper | None = None) -> None:
         """All passes."""
+        self.atomic = call.atomic if call is not None else nullcontext
         given = self.arguments
         with seamark.ShardDataset(
             "set",
@@ -105,8 +108,10 @@ class Trainer:
             self.first = False
             self.say("raises", **told)
             raise Bad("asked to fail")
-        if batch.done():
-            self.say("done", **told)
+        # No restart comes between what the coordinator takes and what is written here.
+        with self.atomic():
+            if batch.done():
+                self.say("done", **told)
 
 
 class Reader:
