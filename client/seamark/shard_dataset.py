@@ -166,7 +166,7 @@ class ShardDataset(IterableDataset[ShardBatch]):  # type: ignore[misc]
         self.spec = sharding.described(name, size=size, shard_size=shard_size, shuffle_seed=shuffle_seed, epochs=epochs)
         self.batch_size = batch_size
         self.load = load
-        again = sharding.abandon(name)
+        again = sharding.abandon(name) or name in _trainers
         sharding.watch_exceptions()
         _trainers[name] = Shards(self.spec, "trainer", "process" if again else "")
 
