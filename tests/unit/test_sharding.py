@@ -363,9 +363,10 @@ def test_an_exception_within_a_batch_is_that_batch_s(door: Door) -> None:
     # The reader's consumer is in this process, too, and knows nothing.
     named = [one for one in door.wait_reports(2) if one.lease_id]
     assert [(one.batch, one.lease_id) for one in named] == [(1, batch.lease.lease_id)]
-    with next(batches) as third:
-        pass
-    assert third.settled
+    with batch:
+        assert batch.done()
+    sharding.report_exception(MemoryError())
+    assert [one.lease_id for one in door.wait_reports(4)[2:]] == [0, 0], "no batch is in hand"
 
 
 def test_where_the_host_goes_away_a_dataloader_ends_the_process_with_143(door: Door) -> None:

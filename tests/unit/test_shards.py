@@ -422,6 +422,18 @@ def test_fifty_preemptions_cost_a_transient_failure_nothing() -> None:
     assert made.state(0) == "FAILED"
 
 
+def test_a_checkpoint_since_the_last_failure_clears_the_account() -> None:
+    made = bench(Dataset("set", 4, 4), transient_retries=1)
+    for progress in (1, 2):
+        lease = made.lease(0)
+        made.say(CheckpointShard, lease, 0, progress=progress)
+        made.say(FailShard, lease, 0, kind="transient")
+        made.now += 100.0
+    assert made.actions() == [("transient", "Retry")] * 2
+    made.say(FailShard, made.lease(0), 0, kind="transient")
+    assert made.actions()[2:] == [("transient", "GiveUp")], "the checkpoint was before the failure before"
+
+
 def test_a_back_off_is_waited_out_and_whoever_waits_is_served_then() -> None:
     made = bench(Dataset("set", 4, 4))
     lease = made.lease(0)
@@ -539,6 +551,17 @@ def test_after_a_new_start_another_process_in_its_place_ends_a_lease() -> None:
     made.restart()
     made.took(made.shards.seen(1.0, "job/0", "successor", made.nodes))
     assert [one.shard for one in made.shards.decisions] == [lease.shard]
+
+
+def test_on_a_host_that_was_started_anew_no_back_off_lasts_longer_than_the_longest() -> None:
+    made = bench(Dataset("set", 4, 4), max_delay=60.0)
+    made.now = 1e6
+    made.say(FailShard, made.lease(0), 0, kind="transient")
+    made.now = 0.0
+    made.restart()
+    assert kinds(made.ask(LeaseShard, 1)) == ["wait"]
+    assert made.shards.due() == 60.0
+    assert kinds(made.serve(60.0)) == ["leased"]
 
 
 def test_what_is_written_of_a_shard_is_what_is_known_of_it() -> None:
