@@ -81,6 +81,15 @@ def test_an_exception_restarts_all_in_process_and_is_known_by_type_and_batch(tmp
         assert (decision["kind"], decision["action"]) == ("poison_input", "Retry")
 
 
+def test_who_is_told_that_its_host_goes_away_ends_and_does_not_restart_in_process(tmp_path: Path) -> None:
+    with run_of(tmp_path, "--wrapped", "--leave-at", "6", options=()) as run:
+        assert run.finish() == 0, run.text() + run.logs()
+        assert trained(run) == Counter(range(120))
+        assert len({report["pid"] for report in run.reports(1)}) == 2
+        (failure,) = run.why()["incidents"][0]["failures"]
+        assert (failure["kind"], failure["cause"]["kind"], failure["cause"]["status"]) == ("lost", "exit", 143)
+
+
 def test_a_sample_that_can_t_be_read_is_left_out_with_its_batch(tmp_path: Path) -> None:
     with run_of(tmp_path, "--poison", "57") as run:
         run.finish()

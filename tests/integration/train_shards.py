@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 import seamark
+from seamark.sharding import HostLeaves
 
 
 class Bad(Exception):
@@ -34,6 +35,9 @@ def main() -> None:
         "--hold-at", type=int, default=-1, help="rank 1's first process waits for its end in this batch"
     )
     parser.add_argument("--raise-at", type=int, default=-1, help="rank 1 raises in this batch of its first process")
+    parser.add_argument(
+        "--leave-at", type=int, default=-1, help="there rank 1's first process is told that its host goes"
+    )
     parser.add_argument("--break-every", type=int, default=0, help="begin a new pass after so many batches")
     parser.add_argument("--poison", type=int, default=-1, help="a sample that can't be read")
     parser.add_argument("--wrapped", action="store_true")
@@ -108,6 +112,8 @@ class Trainer:
             self.first = False
             self.say("raises", **told)
             raise Bad("asked to fail")
+        if self.rank == "1" and self.first and self.seen == self.arguments.leave_at:
+            raise HostLeaves("asked to")
         # No restart comes between what the coordinator takes and what is written here.
         with self.atomic():
             if batch.done():
