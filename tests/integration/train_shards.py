@@ -105,6 +105,8 @@ class Trainer:
     def step(self, batch: seamark.ShardBatch) -> None:
         """Trains on it, and says so."""
         told = {"indices": batch.data.tolist(), "shard": batch.lease.shard, "batch": batch.index}
+        if self.rank == "0" and self.seen == 3:
+            self.wait_for_rank_1()
         if self.rank == "1" and self.first and self.seen == self.arguments.hold_at:
             self.say("holds", **told)
             signal.pause()
@@ -113,11 +115,21 @@ class Trainer:
             self.say("raises", **told)
             raise Bad("asked to fail")
         if self.rank == "1" and self.first and self.seen == self.arguments.leave_at:
+            self.say("leaves", **told)
             raise HostLeaves("asked to")
         # No restart comes between what the coordinator takes and what is written here.
         with self.atomic():
             if batch.done():
                 self.say("done", **told)
+
+    def wait_for_rank_1(self) -> None:
+        """Until it has done what it was asked to: on a slow machine nothing would be left for it."""
+        given = self.arguments
+        if max(given.hold_at, given.raise_at, given.leave_at) < 0:
+            return
+        path = given.out / "rank_1.jsonl"
+        while not (path.exists() and any(f'"{event}"' in path.read_text() for event in ("holds", "raises", "leaves"))):
+            time.sleep(0.01)
 
 
 class Reader:
