@@ -15,6 +15,7 @@ import io
 import json
 import os
 import sysconfig
+import time
 import tokenize
 from collections import Counter
 from pathlib import Path
@@ -60,6 +61,7 @@ def work(shard: Shard, files: list[Path], model: torch.nn.Module, arguments: arg
         if batch.last:
             publish(output, results)
             shard.checkpoint(batch.index)
+            time.sleep(arguments.pause)
     publish(output, results)
     shard.complete(f"{len(results)} files")
 
@@ -114,6 +116,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=400, help="so many files")
     parser.add_argument("--shard-size", type=int, default=8, help="files of a shard")
     parser.add_argument("--batch-size", type=int, default=2, help="files of a batch")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two batches: time to kill a rank in")
     parser.add_argument("--drill-oom", type=int, default=-1, help="a shard whose first attempt runs out of memory")
     return parser.parse_args()
 

@@ -21,6 +21,8 @@ MIN_WORLD_SIZE = "SEAMARK_MIN_WORLD_SIZE"
 CHECKPOINT_DIR = "SEAMARK_CHECKPOINT_DIR"
 LIGHTHOUSE_ADDRESS = "SEAMARK_LIGHTHOUSE_ADDRESS"
 LIGHTHOUSE_EVENTS = "SEAMARK_LIGHTHOUSE_EVENTS"
+SECURITY_KEYS = "SEAMARK_SECURITY_KEYS"
+"""The directory of this host's keys; the daemons' setting ``security.keys``."""
 STORE_OFFSET = 2
 """The job's TCPStore listens on MASTER_PORT+2: MASTER_PORT stays free for scripts without a wrapper (D8)."""
 

@@ -78,11 +78,13 @@ class Place(NamedTuple):
                 f"set {names.JOB} to a name that no other job of the lighthouse at {lighthouse} has or had"
             )
         there = _host_of(lighthouse) if lighthouse else master
-        for host in () if insecure else (master, there, _host_of(events) if events else master):
+        private = insecure or bool(environ.get(names.SECURITY_KEYS))
+        for host in () if private else (master, there, _host_of(events) if events else master):
             if not host.startswith("127.") and host not in ("::1", ""):
                 raise MonitorError(
-                    f"{host} is off loopback, where ranks and services talk in the clear: accept that on a network "
-                    "that you trust with SEAMARK_INSECURE=1 or fork_and_monitor(insecure=True)"
+                    f"{host} is off loopback, where ranks and services talk in the clear without keys: name their "
+                    f"directory in {names.SECURITY_KEYS} (seamark keys --help), or accept that on a network that you "
+                    "trust with SEAMARK_INSECURE=1 or fork_and_monitor(insecure=True)"
                 )
         bracketed = f"[{master}]" if ":" in master else master
         return cls(

@@ -19,8 +19,9 @@ import zmq
 from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS
 from seamark.listening import Delivery, EventsLost, Listening
 from seamark.protocol.codec import ProtocolError, decode, encode
+from seamark.protocol.keys import Key, client_key
 from seamark.protocol.messages import Event, EventBeat, Message, Snapshot, SnapshotRequest
-from seamark.protocol.sockets import check_address, make_socket, receive
+from seamark.protocol.sockets import check_address, connect, encrypted, make_socket, receive
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class FailureListener:
             ``EventsLost``.
 
     Raises:
-        ValueError: an address is missing or can't be connected to, or ``queue_size`` is less than 1.
+        ValueError: an address is missing or can't be connected to, ``queue_size`` is less than 1, or the suite's keys
+            (``$SEAMARK_SECURITY_KEYS``) can't be used.
     """
 
     def __init__(
@@ -90,8 +92,9 @@ class FailureListener:
         self._pid = os.getpid()
         self._context: zmq.Context[Any] = zmq.Context()
         try:
-            self._requests = _connected(self._context, zmq.DEALER, requests)
-            self._events = _connected(self._context, zmq.SUB, published, topics(job))
+            key = client_key() if encrypted(requests) or encrypted(published) else None
+            self._requests = _connected(self._context, key, zmq.DEALER, requests)
+            self._events = _connected(self._context, key, zmq.SUB, published, topics(job))
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except BaseException:
             self._context.destroy(linger=0)
@@ -282,7 +285,7 @@ def _address(name: str, given: str | None, variable: str) -> str:
 
 
 def _connected(
-    context: zmq.Context[Any], kind: int, address: str, subscriptions: Iterable[bytes] = ()
+    context: zmq.Context[Any], key: Key | None, kind: int, address: str, subscriptions: Iterable[bytes] = ()
 ) -> zmq.Socket[Any]:
     socket = make_socket(context, kind)
     socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
@@ -293,7 +296,7 @@ def _connected(
     for subscription in subscriptions:
         socket.subscribe(subscription)
     try:
-        socket.connect(address)
+        connect(socket, address, key)
     except zmq.ZMQError as error:
         raise ValueError(f"{address}: can't be connected to: {error.strerror}") from None
     return socket

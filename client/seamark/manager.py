@@ -35,6 +35,7 @@ from msgspec import Struct
 
 from seamark.environment import ADDRESS, INCARNATION, LIGHTHOUSE_ADDRESS, STORE_OFFSET
 from seamark.inprocess.resolver import no_name_server
+from seamark.protocol.keys import client_key
 from seamark.protocol.messages import (
     CommitDecision,
     CommitVote,
@@ -45,6 +46,7 @@ from seamark.protocol.messages import (
     StateAddress,
     StateAddressRequest,
 )
+from seamark.protocol.sockets import encrypted
 from seamark.replicas.control import LOCAL, Control
 from seamark.replicas.core import Settings
 from seamark.replicas.groups import ReconfigurableGroup
@@ -118,7 +120,8 @@ class Manager:
         hostname: the address under which other hosts reach this one; that of the route to the lighthouse if None.
 
     Raises:
-        ValueError: arguments that contradict each other, or are missing; the sentence says which.
+        ValueError: arguments that contradict each other, or are missing, or the suite's keys (SEAMARK_SECURITY_KEYS)
+            can't be used; the sentence says which.
     """
 
     def __init__(
@@ -191,6 +194,7 @@ class Manager:
         self._load_state_dict = load_state_dict
         self._pid = os.getpid()
         lighthouse = lighthouse_address(lighthouse_addr)
+        key = client_key() if encrypted(lighthouse) else None
         host = hostname or route_to(lighthouse)
         self._store, self._store_address = self._open_store(store_addr, store_port, host)
 
@@ -228,12 +232,13 @@ class Manager:
                 lighthouse=lighthouse,
                 heartbeat_interval=lighthouse_heartbeat_interval_seconds,
             )
-            self._control = Control(self._context, settings, host)
+            self._control = Control(self._context, settings, host, key)
             self._store.set("seamark/manager", f"{self._control.address} {self.replica_id}")
             address = LOCAL
         else:
             address, self.replica_id = self._store.get("seamark/manager").decode().split(" ", 1)
-        self._session = RankSession(self._context, address, self._on_failure)
+        self._key = key
+        self._session = RankSession(self._context, address, self._on_failure, key)
         self._page = introduce(self._context) if ADDRESS in os.environ else None
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seamark-quorum")
 
@@ -394,7 +399,7 @@ class Manager:
             return
         self._healing = True
         began = time.monotonic()
-        source = self._source = RankSession(self._context, plan.recover_src_manager_address, lambda _: None)
+        source = self._source = RankSession(self._context, plan.recover_src_manager_address, lambda _: None, self._key)
         try:
             where = source.ask(lambda request: StateAddressRequest(request, self._rank), self._connect_timeout)
         finally:

@@ -4,24 +4,25 @@ A plain socket is drained non-blocking whenever its file descriptor becomes read
 cheaper than awaiting ``zmq.asyncio``, and nothing is lost to a cancelled receive. The descriptor is
 edge-triggered, and a send may swallow an edge, so the socket's own event state is looked at after every drain
 and every send. A drain is bounded, so that a flood can't starve timers. Where messages come one by one faster than a
-loop's turn pays for, they are let gather for two milliseconds. What is not a message is counted, logged at a bounded
-rate and dropped.
+loop's turn pays for, they are let gather for two milliseconds. What is not a message, or not its sender's to send, is
+counted, logged at a bounded rate and dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import zmq
 
+from seamark.protocol.authority import Refusal
 from seamark.protocol.codec import ProtocolError, Reason, decode, encode
 from seamark.protocol.messages import Message, Refused
-from seamark.protocol.sockets import receive
+from seamark.protocol.sockets import receive, receive_signed
+from seamarkd.logs import Sparing
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +35,12 @@ RUSH_PAUSE = 0.002
 """Seconds they gather; a beat that waits for so long is as good as before."""
 RUSH_OVER = 4
 """Fewer than so many gathered: the rush is over."""
-LOG_INTERVAL = 60.0
-"""Seconds between two log lines about unreadable frames of one peer."""
-MAX_PEERS_LOGGED = 1_000
 _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 Handler = Callable[[bytes, Message], None]
+Authority = Callable[[str, Message], Refusal | None]
+"""(public half of the sender's key, empty where there is none; message) to why it is refused, or None."""
 
 
 class Channel:
@@ -49,12 +49,26 @@ class Channel:
     Args:
         socket: a bound or connected socket; the channel owns it from now on.
         handler: called on the loop with (routing id or topic, message); both empty bytes for a DEALER.
+        authority: asked before the handler; None takes every message.
+        signed: the sender's key is asked for, for the authority.
     """
 
-    def __init__(self, socket: zmq.Socket[Any], handler: Handler | None = None) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[Any],
+        handler: Handler | None = None,
+        authority: Authority | None = None,
+        *,
+        signed: bool = False,
+    ) -> None:
         self.socket = socket
         self.dropped: Counter[str] = Counter()
+        """What was not taken or not sent, by reason."""
+        self.refused: Counter[str] = Counter()
+        """Messages that their senders may not send, by reason."""
         self._handler = handler
+        self._authority = authority
+        self._signed = signed
         kind = socket.getsockopt(zmq.TYPE)
         self._prefixed = kind in (zmq.ROUTER, zmq.SUB)
         self._routed = kind in (zmq.ROUTER, zmq.PUB)
@@ -64,7 +78,7 @@ class Channel:
         self._rush = 0
         self._drained_at = 0.0
         self._gathering: asyncio.TimerHandle | None = None
-        self._logged: dict[bytes, float] = {}
+        self._logged = Sparing()
         self._closed = False
         self.behind = False
         """True while more waits to be read than one drain takes."""
@@ -155,26 +169,44 @@ class Channel:
         for taken in range(DRAIN_LIMIT):
             if self._closed:
                 return taken
-            frames = receive(self.socket)
+            user = address = ""
+            if self._signed:
+                frames, user, address = receive_signed(self.socket) or (None, "", "")
+            else:
+                frames = receive(self.socket)
             if frames is None:
                 return taken
             prefix = frames.pop(0) if self._prefixed and frames else b""
             try:
                 message = decode(frames)
             except ProtocolError as error:
-                self._drop(prefix, error)
+                self._drop(prefix, address, error)
                 continue
+            if self._authority is not None:
+                refused = self._authority(user, message)
+                if refused is not None:
+                    self._refuse(prefix, user, address, message, refused)
+                    continue
             assert self._handler is not None
             self._handler(prefix, message)
         return DRAIN_LIMIT
 
-    def _drop(self, peer: bytes, error: ProtocolError) -> None:
+    def _drop(self, peer: bytes, address: str, error: ProtocolError) -> None:
         self.dropped[error.reason] += 1
         if error.reason is Reason.VERSION and self._answers:
             self.send(Refused(request=0, code="BAD_REQUEST", reason=str(error)), peer)
-        now = time.monotonic()
-        if now - self._logged.get(peer, -LOG_INTERVAL) >= LOG_INTERVAL:
-            if len(self._logged) >= MAX_PEERS_LOGGED:
-                self._logged.clear()
-            self._logged[peer] = now
-            log.warning("dropped a frame of peer %r: %s (reason %s)", peer[:32], error, error.reason)
+        if self._logged.due(peer):
+            log.warning("dropped a frame of peer %r%s: %s (reason %s)", peer[:32], _at(address), error, error.reason)
+
+    def _refuse(self, peer: bytes, user: str, address: str, message: Message, refused: Refusal) -> None:
+        self.refused[refused.reason] += 1
+        if self._answers:
+            number = getattr(message, "request", 0)
+            self.send(Refused(request=number, code="NOT_ALLOWED", reason=refused.sentence), peer)
+        if self._logged.due((user or peer, refused.reason)):
+            who = _at(address) or f" of peer {peer[:32]!r}"
+            log.warning("refused a message%s: %s (reason %s)", who, refused.sentence, refused.reason)
+
+
+def _at(address: str) -> str:
+    return f" from {address}" if address else ""

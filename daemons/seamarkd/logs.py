@@ -9,12 +9,34 @@ import json
 import logging
 import re
 import sys
+import time
+from collections.abc import Hashable
 from datetime import UTC, datetime
 
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Whatever ends a line somewhere, or tells a terminal to do something."""
 NEEDS_QUOTES = re.compile(r'[\s"=]|^$')
+SPARING_INTERVAL = 60.0
+"""Seconds between two lines about what one peer does wrong."""
+SPARING_PEERS = 1_000
 STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class Sparing:
+    """Says whether a line about a peer is due: one a minute for each, so that nobody can fill the log."""
+
+    def __init__(self) -> None:
+        self._said: dict[Hashable, float] = {}
+
+    def due(self, peer: Hashable) -> bool:
+        """Whether a line about it is to be written now; then it is not again for ``SPARING_INTERVAL`` seconds."""
+        now = time.monotonic()
+        if now - self._said.get(peer, -SPARING_INTERVAL) < SPARING_INTERVAL:
+            return False
+        if len(self._said) >= SPARING_PEERS:
+            self._said.clear()
+        self._said[peer] = now
+        return True
 
 
 def configure(role: str, level: str, format: str) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import msgspec
 
+from seamark.protocol.authority import KeyRole
+from seamark.protocol.keys import Key, KeysError, own
 from seamark.protocol.sockets import check_address
 from seamarkd.paths import private, run_directory, state_directory
 
@@ -27,9 +29,10 @@ FORMATS = ("text", "json")
 MINIMUM_SLOTS = 8
 """Slots of a node without GPUs are at least this many (D16)."""
 OFF_LOOPBACK = (
-    "can be reached from other machines, and keys don't exist yet: whoever reaches it can command the jobs. "
-    "Use 127.0.0.1, or accept this on a network that you trust with --insecure (security.insecure = true), "
-    "which sends everything in the clear and believes every sender"
+    "can be reached from other machines, and without keys whoever reaches it can command the jobs. Make keys "
+    "(seamark keys init) and name their directory in security.keys; or use 127.0.0.1; or accept this on a network "
+    "that you trust with --insecure (security.insecure = true), which sends everything in the clear and believes every "
+    "sender"
 )
 
 
@@ -80,8 +83,9 @@ class LogSettings(msgspec.Struct, frozen=True):
 
 
 class SecuritySettings(msgspec.Struct, frozen=True):
-    """Whether addresses off loopback are accepted although nothing is encrypted."""
+    """The directory of this host's keys (empty: none); whether addresses off loopback are accepted without them."""
 
+    keys: str = ""
     insecure: bool = False
 
 
@@ -111,9 +115,35 @@ class Settings(msgspec.Struct, frozen=True):
         return private(Path(self.paths.log) if self.paths.log else self.state_directory / "log")
 
     @property
+    def keys_directory(self) -> Path | None:
+        """The directory of this host's keys; None where none are used."""
+        return Path(self.security.keys) if self.security.keys else None
+
+    def key(self, role: KeyRole, name: str = "") -> Key | None:
+        """This process's own key; None where none are used.
+
+        Args:
+            role: what it has to be for.
+            name: its name; by default the only one of that role, or that of the role's name.
+
+        Raises:
+            SettingsError: it is not there, or can't be used.
+        """
+        if self.keys_directory is None:
+            return None
+        try:
+            return own(self.keys_directory, role, name)
+        except KeysError as error:
+            raise SettingsError([f"security.keys: {error}"]) from None
+
+    @property
     def node(self) -> str:
         """The node's name: the configured one, else the host's."""
         return self.agent.node or socket.gethostname()
+
+    def node_of(self, instance: int) -> str:
+        """The node's name of one of several agents on this host, counted from 0."""
+        return f"{self.node}-{instance}" if instance else self.node
 
     @property
     def slots(self) -> int:
@@ -254,7 +284,7 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
             wrong.append((key, f"must be 0 (automatic) or a number of slots up to 65535, not {value}"))
         elif key in LIMITS and not LIMITS[key][0] <= float(str(value)) <= LIMITS[key][1]:
             wrong.append((key, f"must be from {LIMITS[key][0]:g} to {LIMITS[key][1]:g} seconds, not {value}"))
-        elif key.startswith("paths.") and value and not os.path.isabs(str(value)):
+        elif (key.startswith("paths.") or key == "security.keys") and value and not os.path.isabs(str(value)):
             wrong.append((key, f"must be an absolute path, not {value}"))
         elif key in ("log.level", "log.format"):
             choices = LEVELS if key == "log.level" else FORMATS
@@ -267,7 +297,7 @@ def _wrong_values(values: Mapping[str, object]) -> list[tuple[str, str]]:
         for first in named[:index]
         if _collide(endpoints[first], endpoints[second])
     ]
-    if values["security.insecure"] is not True:
+    if values["security.insecure"] is not True and not values["security.keys"]:
         wrong += [(key, f"{values[key]} {OFF_LOOPBACK}") for key in off_loopback]
     return wrong
 

@@ -44,10 +44,13 @@ class Suite:
     Args:
         home: its directories go here; short, for the path of a Unix socket has 107 bytes at most.
         agents, slots: how many agents, and worker places of each.
+        keys: whether it uses keys; in a directory ``keys`` of its home.
         prefix: what its commands are run by, such as nsenter.
     """
 
-    def __init__(self, home: Path, *, agents: int = 2, slots: int = 2, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, home: Path, *, agents: int = 2, slots: int = 2, prefix: tuple[str, ...] = (), keys: bool = False
+    ) -> None:
         self.home = home
         self.agents = agents
         self.prefix = prefix
@@ -66,12 +69,18 @@ class Suite:
             "SEAMARK_AGENT_SLOTS": str(slots),
         }
         self.state = home / "state" / "seamark"
+        self.keys = home / "keys"
+        if keys:
+            self.env["SEAMARK_SECURITY_KEYS"] = str(self.keys)
+            self.command("keys", "init")
+            for number in range(1, agents):
+                self.command("keys", "add", f"host-{number}")
 
-    def command(self, *arguments: str, code: int | None = 0) -> str:
+    def command(self, *arguments: str, code: int | None = 0, **env: str) -> str:
         """What ``seamark`` prints; it has to exit with this code, with any if None."""
         done = subprocess.run(
             [*self.prefix, sys.executable, "-m", "seamarkd.cli", *arguments],
-            env=self.env,
+            env=self.env | env,
             capture_output=True,
             text=True,
             timeout=60,

@@ -15,11 +15,16 @@ from typing import Any
 
 import psutil
 import pytest
+import zmq
+from keyring import keyring
 from standalone import wait_for
 
 from seamark.environment import STORE_OFFSET
 from seamark.launched import LIGHTHOUSE_OFFSET
-from seamark.protocol.messages import LighthouseStatus
+from seamark.protocol.codec import decode, encode
+from seamark.protocol.keys import own
+from seamark.protocol.messages import Beat, LighthouseStatus, Refused, StatusRequest
+from seamark.protocol.sockets import connect, make_socket
 from seamarkd.agent.ports import candidates
 from seamarkd.cli.status import ask_one
 
@@ -407,3 +412,44 @@ def test_under_torchrun(tmp_path: Path) -> None:
         for rank in range(2):
             assert [one["iteration"] for one in job.said(rank)] == [0, 1]
             assert len(job.pids(rank)) == 2 - rank
+
+
+WITH_KEYS = """
+@seamark.Wrapper()
+def train(call: seamark.CallWrapper):
+    dist.init_process_group("gloo")
+    say(call)
+    dist.barrier()
+    while not (HERE / "go").exists():
+        time.sleep(0.01)
+    if call.iteration == 0 and call.state.rank == 1:
+        raise ValueError("one")
+    dist.barrier()
+
+train()
+"""
+
+
+def test_with_keys_the_ranks_lighthouse_hears_them_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = keyring(tmp_path / "keys", client="client", a="node")
+    monkeypatch.setenv("SEAMARK_SECURITY_KEYS", str(keys))
+    client, node = own(keys, "client"), own(keys, "node", "a")
+    with launched(tmp_path, TRAIN + WITH_KEYS, ranks=2) as run, zmq.Context() as context:
+        wait_for("both ranks", lambda: run.said(0) and run.said(1))
+        port = int(psutil.Process(run.pids(0)[0]).environ()["MASTER_PORT"])
+        with make_socket(context, zmq.DEALER) as clear, make_socket(context, zmq.DEALER) as impostor:
+            address = f"tcp://127.0.0.1:{port + LIGHTHOUSE_OFFSET}"
+            connect(clear, address)
+            clear.send_multipart(encode(StatusRequest(1)))
+            # The ranks' lighthouse has no other key than the ranks.
+            connect(impostor, address, node, client.public)
+            member = f"127.0.0.1:{port}/0"
+            impostor.send_multipart(encode(Beat(member, "i", 1)))
+            assert impostor.poll(20_000)
+            refused = decode(impostor.recv_multipart())
+            assert isinstance(refused, Refused)
+            assert refused.reason == f"the key of node a may not speak for node {member} (Beat)"
+            assert not clear.poll(0)
+        (tmp_path / "go").touch()
+        assert run.finish() == [0, 0], run.text()
+        assert [line["iteration"] for line in run.said(1)] == [0, 1]

@@ -20,9 +20,11 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 SSH = """#!/usr/bin/env bash
 while [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done
 mkdir -p "$HOSTS/$1" && cd "$HOSTS/$1" || exit 255
+export HOME=$PWD
 export XDG_RUNTIME_DIR=$PWD/run XDG_STATE_HOME=$PWD/state
 exec bash -c "$2"
 """
+EVERYBODY = ("client.key", "daemon.key", "first.key", "operator.key")
 SCRIPT = """
 import os, pathlib, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -32,7 +34,8 @@ pathlib.Path(os.environ["OUT"], os.environ["RANK"]).write_text(f"{int(total)} {o
 """
 
 
-def test_two_hosts_up_a_job_across_both_and_down(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("keyed", [False, True], ids=["in the clear", "with keys"])
+def test_two_hosts_up_a_job_across_both_and_down(tmp_path_factory: pytest.TempPathFactory, keyed: bool) -> None:
     home = tmp_path_factory.mktemp("h")
     # The daemons' ports are the usual ones, so the addresses have to be nobody else's.
     head, other = (f"127.{random.randrange(1, 255)}.{random.randrange(256)}.{last}" for last in (1, 2))
@@ -40,7 +43,8 @@ def test_two_hosts_up_a_job_across_both_and_down(tmp_path_factory: pytest.TempPa
     (home / "ssh").write_text(SSH)
     (home / "ssh").chmod(0o755)
     (home / "script.py").write_text(SCRIPT)
-    (home / "hostfile").write_text(f"{head} slots=1 node=first\n{other} slots=1 node=second\n")
+    hosts = f"{head} slots=1 node=first\n{other} slots=1 node=second\n"
+    (home / "hostfile").write_text(hosts)
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("SEAMARK_")},
         "PATH": f"{home}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -53,14 +57,28 @@ def test_two_hosts_up_a_job_across_both_and_down(tmp_path_factory: pytest.TempPa
         assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
+    up = [str(SCRIPTS / "cluster-up.sh"), *(["--keys", str(home / "suite")] if keyed else []), str(home / "hostfile")]
     try:
         for _ in range(2):
-            script(str(SCRIPTS / "cluster-up.sh"), str(home / "hostfile"))
+            script(*up)
         ports = {"LIGHTHOUSE_ADDRESS": 29710, "LIGHTHOUSE_EVENTS": 29711, "COORDINATOR_ADDRESS": 29712}
         suite = " ".join(f"SEAMARK_{name}=tcp://{head}:{port}" for name, port in ports.items())
+        suite += ' SEAMARK_SECURITY_KEYS="$HOME/.config/seamark/keys"' if keyed else ""
         run = f"env {suite} seamark run --nnodes 2 --preload numpy,torch,torch.distributed {home}/script.py"
         script("ssh", head, run)
         assert [(home / str(rank)).read_text() for rank in range(2)] == ["2 first", "2 second"]
+        if keyed:
+            copied = {host: {path.name for path in (home / "hosts" / host).rglob("*.key")} for host in (head, other)}
+            assert copied == {head: {*EVERYBODY, "second.key"}, other: {"client.key", "second.key"}}
+            script("seamark", "keys", "revoke", "second", "--keys", str(home / "suite"))
+            (home / "hostfile").write_text(f"{head} slots=1 node=first\n")
+            script(*up)
+            (home / "hostfile").write_text(hosts)
+
+            def refused() -> bool:
+                return '"revoked_key"' in script("ssh", head, f"env {suite} seamark status --json || true")
+
+            wait_for("the head to refuse the second host's agent", refused)
     finally:
         script(str(SCRIPTS / "cluster-down.sh"), str(home / "hostfile"))
     wait_for("processes of both hosts to end", lambda: not descendants_of(str(home)), 20.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ echo "$2" >>commands
 case $2 in
     *" up "*) [[ ! -e up ]] || echo "already running: supervisord, pid 7"; touch up ;;
     *" down"*) rm -f up ;;
+    umask*) cat >keys.tar ;;
 esac
 """
 
@@ -33,7 +35,7 @@ class Cluster:
         (binaries / "ssh").write_text(FAKE_SSH)
         (binaries / "ssh").chmod(0o755)
         self.environment = {
-            "PATH": f"{binaries}:{os.environ['PATH']}",
+            "PATH": f"{binaries}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOSTS": str(self.hosts),
             "TMPDIR": str(directory),
         }
@@ -109,11 +111,11 @@ def test_a_failed_host_does_not_keep_the_others_up(cluster: Cluster) -> None:
     assert "127.0.0.2 failed" in done.stderr
 
 
-def test_other_machines_need_insecure(cluster: Cluster) -> None:
+def test_other_machines_need_keys_or_insecure(cluster: Cluster) -> None:
     cluster.file.write_text("me@head address=10.0.0.1\nnode-b config=/etc/s.toml seamark=/opt/bin/seamark\n")
     refused = cluster.run("up")
     assert refused.returncode == 78
-    assert "keys don't exist yet" in refused.stderr
+    assert "say --keys DIR" in refused.stderr
     assert list(cluster.hosts.iterdir()) == []
     lines = cluster.run("up", "--dry-run", "--insecure").stdout.splitlines()
     head = HEAD.format("10.0.0.1")
@@ -125,10 +127,43 @@ def test_other_machines_need_insecure(cluster: Cluster) -> None:
     assert "SEAMARK_AGENT_HOST=10.0.0.1 " in lines[0]
 
 
+def test_keys_are_made_here_and_given_to_each_host_before_it_starts(cluster: Cluster) -> None:
+    """What the steps do is shown by tests/integration/test_hosts.py."""
+    cluster.file.write_text("me@head address=10.0.0.1\nnode-b agents=2 keys=/etc/seamark/keys\n")
+    done = cluster.run("up", "--dry-run", "--keys", "suite keys")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == [
+        "+ env SEAMARK_AGENT_NODE=head seamark keys init --keys suite keys",
+        "+ seamark keys add --keys suite keys node-b",
+        "+ seamark keys add --keys suite keys node-b-1",
+    ]
+    assert lines[3].startswith('+ tar -cf - -C suite keys all | ssh me@head umask 077; mkdir -p "$HOME/.config/seamark')
+    assert 'SEAMARK_SECURITY_KEYS="$HOME/.config/seamark/keys" seamark up' in lines[4]
+    assert "SEAMARK_AGENT_NODE=head " in lines[4]
+    assert lines[5].startswith("+ tar -cf - -C suite keys client.key node-b.key node-b-1.key | ssh node-b umask 077; ")
+    assert "SEAMARK_SECURITY_KEYS=/etc/seamark/keys seamark up --roles agent --agents 2" in lines[6]
+    assert "INSECURE" not in done.stdout
+    assert list(cluster.hosts.iterdir()) == []
+    assert not (cluster.file.parent / "suite keys").exists()
+
+
+def test_a_host_that_does_not_take_its_keys_is_not_started(cluster: Cluster) -> None:
+    cluster.file.write_text("localhost\n127.0.0.2\n")
+    (cluster.hosts / "127.0.0.2").mkdir()
+    (cluster.hosts / "127.0.0.2/broken").write_text("1")
+    done = cluster.run("up", "--keys", str(cluster.file.parent / "suite"))
+    assert done.returncode == 1
+    assert "127.0.0.2 did not take its keys" in done.stderr
+    assert (cluster.hosts / "localhost/keys.tar").exists()
+    assert cluster.up() == [], "and what was started is taken down again"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "names no host"),
+        ("localhost keys=here", "must be an absolute path"),
         ("-oProxyCommand=x", "is not a host name"),
         ("localhost;reboot", "is not a host name"),
         ("localhost slots=$(reboot)", "expected key=value"),
@@ -149,6 +184,7 @@ def test_a_bad_host_file_is_refused_before_anything_runs(cluster: Cluster, text:
 
 def test_usage(cluster: Cluster) -> None:
     assert cluster.run("up", "--fast").returncode == 64
+    assert cluster.run("up", "--insecure", "--keys", "x").returncode == 64
     assert cluster.run("down", "--insecure").returncode == 64
     cluster.file.unlink()
     assert cluster.run("up").returncode == 78

@@ -97,8 +97,7 @@ def test_what_is_taken_is_to_be_durable_before_it_is_told() -> None:
     ("fields", "state", "why"),
     [
         ({"job": "other"}, "RUNNING", "there is no job named other"),
-        ({}, "SUCCEEDED", "job job ends"),
-        ({}, "STOPPING", "job job ends"),
+        ({}, "SUCCEEDED", "job job has ended"),
         ({"incarnation": "zombie"}, "RUNNING", "this process has been replaced: what it says counts no longer"),
     ],
 )
@@ -107,6 +106,15 @@ def test_who_may_not_ask_is_told_why(fields: dict[str, object], state: str, why:
     made.job.state = state  # type: ignore[assignment]
     (answer,) = told(made.ask(LeaseShard, **fields))
     assert (answer.kind, answer.reason) == ("refused", why)
+
+
+def test_of_a_job_that_ends_what_is_done_is_taken_and_nothing_is_given() -> None:
+    made = Bench()
+    lease = made.lease()
+    made.job.state = "STOPPING"
+    (answer,) = told(made.ask(CompleteShard, shard=lease.shard, lease_id=lease.lease_id, more=True))
+    assert (answer.kind, answer.lease) == ("recorded", None)
+    assert [(one.kind, one.reason) for one in told(made.ask(LeaseShard))] == [("wait", "the job ends")]
 
 
 def test_who_has_ended_may_not_ask() -> None:

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from keyring import keyring
 
 from seamark.protocol.messages import CoordinatorStatus, LighthouseStatus
 from seamarkd.cli.doctor import (
@@ -21,10 +22,12 @@ from seamarkd.cli.doctor import (
     files_limit,
     gpus,
     kernel,
+    keys,
     numbers,
     package_check,
     processes_limit,
 )
+from seamarkd.settings import load
 
 INFINITY = resource.RLIM_INFINITY
 COORDINATOR = CoordinatorStatus(1, 1, "s", 42, 60.0, "", [], [], {})
@@ -107,3 +110,15 @@ def test_gpus_are_counted_by_their_own_device_files(tmp_path: Path) -> None:
     for name in ("nvidia0", "nvidia1", "nvidia-uvm", "nvidiactl"):
         (tmp_path / name).touch()
     assert gpus(tmp_path) == Check("ok", "GPUs: 2")
+
+
+def test_keys_are_there_and_safe_or_not_needed(tmp_path: Path) -> None:
+    assert keys(load(None, {}, {})).level == "ok"
+    open_to_all = load(None, {}, {"security.insecure": True})
+    assert (keys(open_to_all).level, "--insecure" in keys(open_to_all).text) == ("warning", True)
+    chosen = load(None, {}, {"security.keys": str(tmp_path / "keys")})
+    assert "seamark keys init" in keys(chosen).text
+    keyring(tmp_path / "keys", alice="operator")
+    assert keys(chosen) == Check("ok", f"keys: {tmp_path / 'keys'}, yours is alice")
+    (tmp_path / "keys/alice.key").chmod(0o644)
+    assert keys(chosen).level == "problem"

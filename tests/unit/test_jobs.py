@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from seamark.protocol.messages import (
     RANKS,
@@ -22,14 +23,17 @@ from seamark.protocol.messages import (
     JobProgress,
     JobSpec,
     JobStatus,
+    LeaseShard,
     Member,
     Message,
     NodeHello,
     NodeLeft,
+    NodeRefusals,
     PrepareFailed,
     PrepareJob,
     QuorumEvent,
     Refused,
+    ReportFailure,
     Roster,
     SharedState,
     Snapshot,
@@ -1019,3 +1023,81 @@ def test_a_node_that_was_prepared_in_vain_is_told_of_the_end_of_the_job() -> Non
     bench.send(StopJob(7, "job", "enough"), b"operator")
     told = {one.to for one in bench.said if isinstance(one, Send) and isinstance(one.message, StopWorkers)}
     assert told == {b"node", b"n1", b"n2"}
+
+
+# --- the coordinator's host goes away ----------------------------------------------------------------------
+
+
+def test_a_coordinator_whose_host_goes_away_has_its_workers_save_and_the_next_one_goes_on() -> None:
+    bench = Bench()
+    bench.run()
+    bench.said = bench.core.suspend(bench.now)
+    (order,) = bench.told(StopWorkers)
+    assert (order.final, order.grace) == (True, 30.0), "they have time for a checkpoint"
+    assert bench.core.stopping
+    refused = bench.send(SubmitJob(2, replace(bench.spec, name="other"), "two"), b"operator")
+    assert bench.told(Refused, refused)[0].code == "READ_ONLY"
+    bench.all_stopped()
+    assert (bench.job.state, bench.core.stopping) == ("PENDING", False)
+    bench.now += 60.0
+    bench.hello()
+    assert bench.told(PrepareJob) == [], "nobody is started by who leaves"
+    generation, iteration = bench.job.generation, bench.job.iteration
+    restarted(bench)
+    bench.hello()
+    assert bench.job.state == "STARTING"
+    bench.run()
+    assert (bench.job.state, bench.job.generation) == ("RUNNING", generation + 1)
+    assert bench.job.iteration == iteration
+
+
+def test_one_that_is_killed_while_its_host_goes_away_goes_on_with_that() -> None:
+    bench = Bench()
+    bench.run()
+    bench.core.suspend(bench.now)
+    restarted(bench)
+    bench.hello()
+    assert [order.final for order in bench.told(StopWorkers)] == [True]
+    bench.all_stopped()
+    assert bench.job.state == "STARTING", "it stays, and has a node"
+
+
+def test_a_job_that_ends_while_its_host_goes_away_has_ended() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.core.suspend(bench.now)
+    bench.all_stopped()
+    assert bench.job.state == "CANCELLED"
+
+
+def test_a_node_without_a_place_in_a_job_speaks_for_none_of_it() -> None:
+    bench = Bench(nodes=2)
+    for message in (
+        AbortJob("job", "job/0", "i", "why"),
+        SharedState("job", "job/0", "i", 1, "{}"),
+        WorkerRegistered("job", "job/0", "i"),
+        PrepareFailed(bench.job.request, "job", "why"),
+        StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE),
+        LeaseShard(1, "job", "job/0", "i#c", "data"),
+        ReportFailure("job", "job/0", "i", "oom"),
+    ):
+        assert bench.job.slots[0].node == "n0"
+        assert not bench.core.foreign("n0", message)
+        assert bench.core.foreign("n1", message)
+        bench.job.left.add("n1")
+        assert not bench.core.foreign("n1", message), "it was there, and ends"
+        bench.job.left.clear()
+    assert not bench.core.foreign(
+        "n1", WorkerExited(0, "job", 0, "job/0", "i", 0, True, True, False, "", "/log", [], 0)
+    )
+    assert not bench.core.foreign("n1", AbortJob("another", "another/0", "i", "why"))
+
+
+def test_what_agents_refused_is_in_the_status_until_they_come_back() -> None:
+    bench = Bench()
+    bench.send(NodeRefusals("n0", {"not_allowed": 3}))
+    bench.send(NodeRefusals("unknown", {"not_allowed": 1}))
+    assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{"not_allowed": 3}]
+    bench.hello()
+    assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{}], "it says so again"

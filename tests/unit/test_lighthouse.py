@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from test_group import KILLED, roster
 from test_manifest import record
 
@@ -17,12 +18,16 @@ from seamark.protocol.messages import (
     JobAborted,
     Join,
     LastQuorum,
+    MemberFaulted,
     MemberLost,
     MemberStarted,
+    Message,
     NodeHello,
     QuorumAnswer,
     Refused,
     SnapshotRequest,
+    StoreAddress,
+    StoreLost,
     SubmitJob,
     Welcome,
 )
@@ -135,3 +140,40 @@ def test_the_end_of_a_job_that_no_coordinator_has_is_told_to_all_and_to_who_come
     assert later == told
     running = msgspec.structs.replace(roster(0), running=True)
     assert JobAborted("job", "job/1: enough") in answers(lighthouse.handle(0.0, b"a", running))
+
+
+STORE = StoreAddress("127.0.0.1", 20002, "s1")
+
+
+@pytest.mark.parametrize(
+    ("message", "from_its_node", "from_another", "from_a_client"),
+    [
+        (Join("job", RANKS, 0, "job/1", "x1", 1, -1, 0, 0, []), False, True, True),
+        (Join("job", RANKS, 0, "job/1", "not heard of yet", 1, -1, 0, 0, []), False, False, True),
+        (Complete("job", RANKS, 0, "job/1", "x1", 2, 0), False, True, True),
+        (MemberFaulted("job", "job/1", "x1", 0, KILLED, 0.0), False, True, True),
+        (StoreLost(3, "job", 0, STORE, 0.0), False, True, True),
+        (AbortJob("job", "job/1", "x1", "why"), True, True, True),
+        (roster(0), False, False, True),
+        (SnapshotRequest(4, "job"), False, False, False),
+        (Join("another", RANKS, 0, "another/1", "x1", 1, -1, 0, 0, []), False, False, False),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, bool) else None,
+)
+def test_what_names_no_node_is_held_against_what_is_known_of_it(
+    message: Message, from_its_node: bool, from_another: bool, from_a_client: bool
+) -> None:
+    lighthouse = Lighthouse(1)
+    lighthouse.handle(0.0, b"c", msgspec.structs.replace(roster(0), submission="s", store_node="n0"))
+    lighthouse.handle(0.0, b"a", MemberStarted(0, "job", 0, "job/1", "x1", "n0"))
+    assert lighthouse.foreign("n0", message) is from_its_node
+    assert lighthouse.foreign("n1", message) is from_another
+    assert lighthouse.foreign("", message) is from_a_client
+
+
+def test_a_client_has_its_own_jobs() -> None:
+    lighthouse = Lighthouse(1)
+    join = Join("job", RANKS, 0, "job/1", "x1", 1, -1, 0, 0, [])
+    assert not lighthouse.foreign("", roster(0)), "a new one"
+    lighthouse.handle(0.0, b"a", roster(0))
+    assert not lighthouse.foreign("", join)

@@ -63,6 +63,7 @@ def test_the_file_is_the_option_s_else_the_environment_s_else_the_system_s(
 def test_all_problems_are_listed_at_once_with_their_place(tmp_path: Path) -> None:
     path = written(
         tmp_path,
+        '[security]\nkeys = "here"\n'
         '[lighthose]\naddress = "x"\n[coordinator]\nadress = "y"\n[agent]\nslots = true\n[log]\nlevel = 3\n',
     )
     found = problems(path, {"SEAMARK_SECURITY_INSECURE": "maybe"}, paths__run="here", log__formt="text")
@@ -73,6 +74,7 @@ def test_all_problems_are_listed_at_once_with_their_place(tmp_path: Path) -> Non
         f"{path}: agent.slots: must be a whole number, not True",
         "--paths-run: paths.run: must be an absolute path, not here",
         f"{path}: log.level: must be text in quotes, not 3",
+        f"{path}: security.keys: must be an absolute path, not here",
         "SEAMARK_SECURITY_INSECURE: security.insecure: must be true or false, not 'maybe'",
     ]
 
@@ -128,13 +130,14 @@ def test_two_equal_addresses_are_refused(address: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["*", "0.0.0.0", "10.0.0.1", "head", "[::]", "[2001:db8::1]", "128.0.0.1"])
-def test_off_loopback_needs_insecure(host: str) -> None:
+def test_off_loopback_needs_keys_or_insecure(host: str) -> None:
     environ = {"SEAMARK_COORDINATOR_ADDRESS": f"tcp://{host}:5"}
     found = problems(environ=environ)
     assert len(found) == 1
-    assert "keys don't exist yet" in found[0]
+    assert "seamark keys init" in found[0]
     assert "--insecure" in found[0]
     assert load(None, environ, {"security.insecure": True}).security.insecure
+    assert load(None, environ | {"SEAMARK_SECURITY_KEYS": "/etc/seamark/keys"}, {}).security.insecure is False
     assert load(None, environ | {"SEAMARK_SECURITY_INSECURE": "true"}, {}).coordinator.address.endswith(":5")
 
 

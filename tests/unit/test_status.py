@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Literal
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from seamark.protocol.messages import (
@@ -34,7 +36,8 @@ from seamark.protocol.messages import (
 )
 from seamarkd.cli.events import Printer, Reader, sentence
 from seamarkd.cli.operator import UnreachableError
-from seamarkd.cli.status import assess, connectable, data, draw, on_loopback, unclocked
+from seamarkd.cli.status import assess, connectable, data, draw, exposed, on_loopback, unclocked
+from seamarkd.settings import load
 
 
 def job(name: str = "j", state: str = "RUNNING", alive: int = 2, world: int = 2, sentence: str = "fine") -> JobStatus:
@@ -164,6 +167,28 @@ def test_what_a_job_wrote_is_shown_and_does_not_steer_the_terminal() -> None:
 
 def test_an_open_address_is_said() -> None:
     assert "tcp://*:29710 is open to the network" in drawn(coordinator(), lighthouse(), exposed=["tcp://*:29710"])
+
+
+def test_keys_make_no_address_open(tmp_path: Path) -> None:
+    flags = {"security.insecure": True, "coordinator.address": "tcp://10.0.0.1:5"}
+    assert exposed(load(None, {}, flags)) == ["tcp://10.0.0.1:5"]
+    assert exposed(load(None, {}, flags | {"security.keys": str(tmp_path)})) == []
+
+
+def test_what_was_refused_is_said_of_each_daemon() -> None:
+    counts = {"unknown_key": 3, "other_node": 1, "fields": 2, "send:No route to host": 9}
+    with_agent = replace(coordinator(), nodes=[NodeStatus("n", 8, 2, "", {"not_allowed": 4})], dropped={"header": 1})
+    text = drawn(with_agent, replace(lighthouse(), dropped=counts))
+    refused = "1 messages in the name of another node, 3 connections with a key that nobody knows"
+    for said in (
+        f"the lighthouse refused: {refused}: its log names the peers",
+        "the lighthouse dropped frames that were no message: 2 fields",
+        "the coordinator dropped frames that were no message: 1 header",
+        "the agent of node n refused: 4 messages that are not their sender's to send",
+    ):
+        assert said in text
+    assert "No route" not in text, "who is gone is no fault"
+    assert assess(with_agent, lighthouse()).code == 0
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,7 @@ class Refused(Message, frozen=True):
         "BAD_REQUEST",
         "TIMEOUT",
         "UNREACHABLE",
+        "NOT_ALLOWED",
     ]
     reason: Text
     job: Short = ""
@@ -322,7 +323,7 @@ class Acknowledged(Message, frozen=True):
     """The report with this number was taken (or had been taken before)."""
 
     type_id = 6
-    direction = "lighthouse, coordinator -> agent"
+    direction = "lighthouse, coordinator -> agent; agent -> coordinator"
     request: Count
 
 
@@ -467,7 +468,7 @@ class StoreLost(Message, frozen=True):
     """The TCPStore service of a job died; ``store`` is the one that takes its place."""
 
     type_id = 14
-    direction = "agent -> lighthouse"
+    direction = "agent, coordinator -> lighthouse"
     answer = "Acknowledged | Refused"
     request: Count
     job: Name
@@ -1069,7 +1070,7 @@ class ShardsRequest(Message, frozen=True):
     """Which shards of a data set stand where? ``limit`` of them, from ``first`` on, those never leased left out."""
 
     type_id = 88
-    direction = "operator | worker -> agent -> coordinator"
+    direction = "operator -> coordinator; worker -> agent -> coordinator"
     answer = "ShardsPage | Refused"
     request: Count
     job: Name
@@ -1277,6 +1278,8 @@ class NodeStatus(Part, frozen=True):
     slots: Count
     used: Count
     draining: Short = ""
+    refused: dict[str, int] = {}
+    """Messages that its agent refused its workers, by reason."""
 
 
 class MemberStatus(Part, frozen=True):
@@ -1304,6 +1307,10 @@ class CoordinatorStatus(Message, frozen=True):
     nodes: list[NodeStatus]
     jobs: list[JobStatus]
     members: dict[str, list[MemberStatus]]
+    commits: Count = 0
+    """Transactions of the manifest since the start."""
+    dropped: dict[str, int] = {}
+    """Connections and messages that were refused, and frames that were no message, by reason."""
 
 
 class NodeHealth(Part, frozen=True):
@@ -1330,7 +1337,7 @@ class LighthouseStatus(Message, frozen=True):
     """By job: what its quorum waits for."""
     groups: list[GroupStatus]
     dropped: dict[str, int]
-    """Frames that were no message, by reason."""
+    """Connections and messages that were refused, and frames that were no message, by reason."""
     beat_interval: Duration
     """Seconds between two heartbeats of a node."""
     lateness: Duration
@@ -1488,6 +1495,18 @@ class WorkersStopped(Message, frozen=True):
     request: Count
     job: Name
     generation: Count
+
+
+# --- keys --------------------------------------------------------------------------------------------------
+
+
+class NodeRefusals(Message, frozen=True):
+    """What an agent has refused its workers since it started, by reason: messages that are not theirs to send."""
+
+    type_id = 100
+    direction = "agent -> coordinator"
+    node: Name
+    refused: Annotated[dict[Short, Count], Meta(max_length=20)]
 
 
 def _all(cls: type[Message]) -> dict[int, type[Message]]:

@@ -3,17 +3,19 @@
 Everything bounded: queue lengths, frame sizes, the time a close may take. The reconnect interval is drawn per
 process, because ZeroMQ switches its own jitter off once a maximum is set (thousands of peers of a restarted
 daemon would come back at the same instant). A connection whose other side is gone without a word, with its host or
-its network, is given up by the kernel, and ZeroMQ makes a new one. Nothing here knows messages.
+its network, is given up by the kernel, and ZeroMQ makes a new one. With a key every TCP connection is encrypted, and
+each side knows the other by its key (CURVE). Nothing here knows messages.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
 from seamark.protocol.codec import MAX_BODY
+from seamark.protocol.keys import Key
 
 QUEUE_LENGTH = 10_000
 """Messages a socket holds per peer before it drops (PUB, ROUTER) or blocks (DEALER)."""
@@ -31,6 +33,8 @@ CONNECTIONS_WAITING = 4_096
 """That the kernel holds for a listener (up to net.core.somaxconn): all agents come back at once to a restarted daemon,
 and at ZeroMQ's 100 most of them try again a second later, or are reset."""
 IPC_PATH_LIMIT = 107
+ZAP_DOMAIN = b"seamark"
+"""Not empty: with an empty one a missing handler would let everybody in."""
 _NOBLOCK = int(zmq.NOBLOCK)
 
 
@@ -63,6 +67,60 @@ def make_socket(context: zmq.Context[Any], kind: int, *, identity: bytes | None 
     return socket
 
 
+def connect(socket: zmq.Socket[Any], address: str, key: Key | None = None, server: str = "") -> None:
+    """Connects it; over TCP with a key encrypted, and only to who has the other half of the server's key.
+
+    Args:
+        socket: one that is not connected yet.
+        address: checked by ``check_address``.
+        key: this process's own; None to speak in the clear.
+        server: the public half of the server's key; the daemons' by default.
+
+    Raises:
+        ValueError: ZeroMQ can't use the address.
+        zmq.ZMQError: it can't be connected to.
+    """
+    if key is not None and encrypted(address):
+        _give(socket, key)
+        socket.setsockopt(zmq.CURVE_SERVERKEY, (server or key.daemon).encode())
+    socket.connect(check_address(address))
+
+
+def bind(socket: zmq.Socket[Any], address: str, key: Key | None = None) -> None:
+    """Binds it; over TCP with a key only to those whom the ZAP handler of its context lets in.
+
+    Args:
+        socket: one that is not bound yet.
+        address: checked by ``check_address``.
+        key: this process's own; None to let everybody in.
+
+    Raises:
+        ValueError: ZeroMQ can't use the address.
+        zmq.ZMQError: it can't be bound to.
+    """
+    if key is not None and encrypted(address):
+        _give(socket, key)
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+    socket.bind(check_address(address))
+
+
+def encrypted(address: str) -> bool:
+    """Whether a key is used there: a socket in a private directory needs none."""
+    return address.startswith("tcp://")
+
+
+def new_pair() -> tuple[str, str]:
+    """The public and the secret half of a new key."""
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()
+
+
+def _give(socket: zmq.Socket[Any], key: Key) -> None:
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
+    socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
+
+
 def receive(socket: zmq.Socket[Any]) -> list[bytes] | None:
     """The frames of the next message; None if none waits.
 
@@ -81,6 +139,42 @@ def receive(socket: zmq.Socket[Any]) -> list[bytes] | None:
         frame = socket.recv(_NOBLOCK, copy=False)
         frames.append(frame.bytes)
     return frames
+
+
+class Received(NamedTuple):
+    """A message, and what ZeroMQ knows of its sender: the public half of its key, and its address.
+
+    Both are empty where the connection has none: in the clear, or within a process.
+    """
+
+    frames: list[bytes]
+    user: str
+    address: str
+
+
+def receive_signed(socket: zmq.Socket[Any]) -> Received | None:
+    """The next message with its sender; None if none waits.
+
+    Raises:
+        zmq.ZMQError: the socket can't be read.
+    """
+    try:
+        frame = socket.recv(_NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    frames = [frame.bytes]
+    user, address = _property(frame, "User-Id"), _property(frame, "Peer-Address")
+    while frame.more:
+        frame = socket.recv(_NOBLOCK, copy=False)
+        frames.append(frame.bytes)
+    return Received(frames, user, address)
+
+
+def _property(frame: zmq.Frame, name: str) -> str:
+    try:
+        return str(frame.get(name))
+    except zmq.ZMQError:
+        return ""
 
 
 def check_address(address: str) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 import zmq
 
 from seamark.protocol.codec import ProtocolError, decode, encode
-from seamark.protocol.messages import Message
-from seamark.protocol.sockets import check_address, make_socket, receive
+from seamark.protocol.keys import Key
+from seamark.protocol.messages import Message, Refused
+from seamark.protocol.sockets import bind, check_address, connect, make_socket, receive_signed
 from seamark.replicas.core import Effect, ManagerCore, Reconnect, Settings, ToLighthouse, ToRank
+from seamark.replicas.doorkeeper import Doorkeeper
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +33,17 @@ class Control:
         context: the ZeroMQ context that this process's ranks share with it.
         settings: who it is; ``address`` is filled in from the port that it gets.
         host: the address of this host under which other hosts reach it.
+        key: what all replica groups of a suite speak with, so that its door is open to them alone; None: to everybody.
     """
 
-    def __init__(self, context: zmq.Context[Any], settings: Settings, host: str) -> None:
+    def __init__(self, context: zmq.Context[Any], settings: Settings, host: str, key: Key | None = None) -> None:
         self._context = context
+        self._key = key
+        self._doorkeeper = Doorkeeper(context) if key is not None else None
         self._lighthouse_address = check_address(settings.lighthouse)
         self._door = make_socket(context, zmq.ROUTER)
-        port = self._door.bind_to_random_port(f"tcp://{host}")
+        bind(self._door, f"tcp://{host}:*", key)
+        port = self._door.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
         self._door.bind(LOCAL)
         self.address = f"tcp://{host}:{port}"
         self._identity = settings.incarnation.encode()
@@ -71,13 +77,15 @@ class Control:
 
     def _connect(self) -> zmq.Socket[Any]:
         socket = make_socket(self._context, zmq.DEALER, identity=self._identity)
-        socket.connect(self._lighthouse_address)
+        connect(socket, self._lighthouse_address, self._key)
         return socket
 
     def _serve(self) -> None:
         poller = zmq.Poller()
         for source in (self._door, self._lighthouse, self._wake):
             poller.register(source, zmq.POLLIN)
+        if self._doorkeeper is not None:
+            poller.register(self._doorkeeper.socket, zmq.POLLIN)
         leave_by: float | None = None
         try:
             while True:
@@ -95,16 +103,27 @@ class Control:
         finally:
             self._door.close()
             self._lighthouse.close()
+            if self._doorkeeper is not None:
+                self._doorkeeper.socket.close()
 
     def _receive(self, poller: zmq.Poller) -> None:
+        if self._doorkeeper is not None:
+            self._doorkeeper.answer()
         for source in (self._door, self._lighthouse):
-            while (frames := receive(source)) is not None:
+            while (received := receive_signed(source)) is not None:
+                frames = received.frames
                 route = frames.pop(0) if source is self._door else b""
                 try:
                     message = decode(frames)
                 except ProtocolError as error:
                     log.warning("dropped a frame: %s", error)
                     continue
+                if source is self._door and self._doorkeeper is not None:
+                    refused = self._doorkeeper.refusal(received, message)
+                    if refused is not None:
+                        number = getattr(message, "request", 0)
+                        self._send(self._door, [route], Refused(number, "NOT_ALLOWED", refused.sentence))
+                        continue
                 now = time.monotonic()
                 if source is self._door:
                     self._perform(poller, self._core.from_rank(now, route, message))

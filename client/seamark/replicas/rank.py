@@ -19,8 +19,9 @@ from typing import Any
 import zmq
 
 from seamark.protocol.codec import ProtocolError, decode, encode
+from seamark.protocol.keys import Key
 from seamark.protocol.messages import FailureEvent, Message, RankQuorum, Refused
-from seamark.protocol.sockets import make_socket, receive
+from seamark.protocol.sockets import connect, encrypted, make_socket, receive
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +54,20 @@ class RankSession:
     Args:
         context: a ZeroMQ context of this process.
         address: where the manager listens.
+        key: what replica groups speak with over TCP, the same for all; None to speak in the clear.
         on_failure: called on the thread for every published failure of the job's replica groups.
     """
 
-    def __init__(self, context: zmq.Context[Any], address: str, on_failure: Callable[[FailureEvent], None]) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        address: str,
+        on_failure: Callable[[FailureEvent], None],
+        key: Key | None = None,
+    ) -> None:
         self._context = context
         self._address = address
+        self._key = key
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._outgoing: deque[Message] = deque()
@@ -124,7 +133,10 @@ class RankSession:
     def _serve(self) -> None:
         socket = make_socket(self._context, zmq.DEALER)
         try:
-            socket.connect(self._address)
+            if encrypted(self._address):
+                connect(socket, self._address, self._key, self._key.public if self._key else "")
+            else:
+                socket.connect(self._address)
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN)
             poller.register(self._wake, zmq.POLLIN)

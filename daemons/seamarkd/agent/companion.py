@@ -36,7 +36,9 @@ import msgspec
 import zmq
 from msgspec import Struct, field
 
+from seamark.environment import SECURITY_KEYS
 from seamark.progress import ProgressPage
+from seamark.protocol.keys import Key, KeysError, client_key
 from seamark.protocol.messages import StoreAddress
 from seamarkd import logs
 from seamarkd.agent.core import Effect, EndWorker, Remember, SignalWorker, StartWorker, StopJobHere, WatchWorker
@@ -47,6 +49,7 @@ from seamarkd.agent.watch import DeathWatch, How, is_dying, is_stopped
 from seamarkd.agent.wires import NotThisHostError, Wires
 from seamarkd.cli.exit_codes import CONFIGURATION
 from seamarkd.exits import ABORT_EXIT_CODE
+from seamarkd.gate import Gate
 from seamarkd.lighthouse.shell import LighthouseShell
 from seamarkd.paths import run_directory
 
@@ -114,6 +117,7 @@ class Companion:
         monitor: the socket to it.
         directory: private, for the worker's door.
         lighthouse: the one in this process, if there is one.
+        key: what all ranks speak with over TCP; None to speak in the clear.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Companion:
         monitor: socket.socket,
         directory: Path,
         lighthouse: LighthouseShell | None,
+        key: Key | None = None,
     ) -> None:
         self._settings = settings
         self._job = settings.launch.job
@@ -154,6 +159,9 @@ class Companion:
             lighthouse=settings.lighthouse,
             events=settings.events,
             coordinator=None,
+            key=key,
+            # The lighthouse of a rank has no other key than the ranks.
+            server=key.public if key is not None and settings.hosted else "",
         )
 
     async def start(self) -> None:
@@ -351,20 +359,25 @@ async def serve(settings: Settings, monitor: socket.socket) -> None:
     Raises:
         zmq.ZMQError: an address is in use.
         NotThisHostError: the host's address is not of this host.
+        KeysError: the suite's keys can't be used.
     """
+    key = client_key()
     context: zmq.Context[Any] = zmq.Context()
     directory = Path(settings.directory or tempfile.mkdtemp(prefix="", dir=run_directory()))
-    lighthouse = None
+    lighthouse = gate = None
     try:
         if settings.serves:
-            lighthouse = LighthouseShell(context, settings.lighthouse, settings.events, settings.serves)
-        companion = Companion(context, settings, monitor, directory, lighthouse)
+            gate = Gate(context, key, Path(os.environ[SECURITY_KEYS])) if key is not None else None
+            lighthouse = LighthouseShell(context, settings.lighthouse, settings.events, settings.serves, gate=gate)
+        companion = Companion(context, settings, monitor, directory, lighthouse, key)
         await companion.start()
         await companion.left.wait()
         await companion.close()
     finally:
         if lighthouse is not None:
             lighthouse.close()
+        if gate is not None:
+            gate.close()
         shutil.rmtree(directory, ignore_errors=True)
         context.destroy(linger=0)
 
@@ -383,7 +396,7 @@ def main() -> None:
         where = f"{settings.lighthouse} or {settings.events}"
         sys.stderr.write(f"seamark: can't listen on {where} ({error.strerror}): choose another MASTER_PORT\n")
         sys.exit(CONFIGURATION)
-    except NotThisHostError as error:
+    except (NotThisHostError, KeysError) as error:
         sys.stderr.write(f"seamark: {error}\n")
         sys.exit(CONFIGURATION)
 

@@ -57,9 +57,10 @@ def command(
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         directory = private(chosen.run_directory / f"agent-{instance}")
+        name = chosen.node_of(instance)
         shell = AgentShell(
             context,
-            node=chosen.node if instance == 0 else f"{chosen.node}-{instance}",
+            node=name,
             slots=chosen.slots,
             run_directory=directory,
             lighthouse=chosen.lighthouse.address,
@@ -68,6 +69,8 @@ def command(
             host=chosen.agent.host,
             epoch=next_epoch(directory / "epoch"),
             linger=LINGER,
+            key=chosen.key("node", name),
+            keys=chosen.keys_directory,
         )
         try:
             await shell.start()

@@ -16,8 +16,9 @@ from typing import Any
 import zmq
 from msgspec import Struct, field
 
-from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS, STORE_OFFSET
+from seamark.environment import LIGHTHOUSE_ADDRESS, LIGHTHOUSE_EVENTS, SECURITY_KEYS, STORE_OFFSET
 from seamark.progress import ProgressPage
+from seamark.protocol.keys import Key
 from seamark.protocol.messages import JobProgress, StoreAddress
 from seamarkd.agent.core import (
     Agent,
@@ -108,6 +109,8 @@ class AgentShell:
         host: the address under which other nodes reach this one.
         epoch: rises with every start of this node's agent; its keepers obey the highest.
         linger: seconds its keepers wait for another agent when this one is gone; None for ever.
+        key: what it speaks with over TCP; None to speak in the clear.
+        keys: the directory in which its workers find theirs, for a Manager or a listener; None where no keys are used.
     """
 
     def __init__(
@@ -123,6 +126,8 @@ class AgentShell:
         host: str,
         epoch: int,
         linger: float | None,
+        key: Key | None = None,
+        keys: Path | None = None,
     ) -> None:
         self.core = Agent(node, lambda: secrets.token_hex(8))
         self._run_directory = run_directory
@@ -136,6 +141,8 @@ class AgentShell:
         self._loop = asyncio.get_running_loop()
         # For a Manager or a listener in a worker; what the job's own environment says goes before it.
         self._lighthouse_environment = {LIGHTHOUSE_ADDRESS: lighthouse, LIGHTHOUSE_EVENTS: events}
+        # This one goes before: the job's was written on the host of the person who submitted it.
+        self._keys_environment = {SECURITY_KEYS: str(keys)} if keys is not None else {}
         self._kept: dict[str, Kept] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = slots
@@ -148,6 +155,7 @@ class AgentShell:
             lighthouse=lighthouse,
             events=events,
             coordinator=coordinator,
+            key=key,
         )
 
     async def start(self) -> None:
@@ -362,7 +370,9 @@ class AgentShell:
             order.member,
             order.incarnation,
             roster.spec.argv,
-            env=self._lighthouse_environment | environment(roster, slot, order.incarnation, self._wires.address),
+            env=self._lighthouse_environment
+            | environment(roster, slot, order.incarnation, self._wires.address)
+            | self._keys_environment,
             cwd=roster.spec.cwd,
             log=str(path),
             num_threads=threads_per_worker(roster.spec),

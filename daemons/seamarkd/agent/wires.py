@@ -6,6 +6,7 @@ Typed messages come in and go to the core, whose effects go to whoever performs 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 import zmq
 from msgspec.structs import replace
 
+from seamark.protocol.authority import Refusal, refusal
+from seamark.protocol.keys import Key
 from seamark.protocol.messages import (
     Beat,
     BeatAnswer,
@@ -21,13 +24,18 @@ from seamark.protocol.messages import (
     EventBeat,
     Message,
     NodeHello,
+    NodeRefusals,
+    Refused,
     Snapshot,
     SnapshotRequest,
     Welcome,
 )
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.sockets import check_address, connect, make_socket
 from seamarkd.agent.core import Agent, Effect, Introduce, TellWorkers, ToCoordinator, ToLighthouse, ToWorker
 from seamarkd.channel import Channel
+from seamarkd.logs import Sparing
+
+log = logging.getLogger(__name__)
 
 TICK = 0.1
 BEAT_INTERVAL = 0.1
@@ -49,6 +57,8 @@ class Wires:
         address: the workers' door.
         lighthouse, events: where the lighthouse answers and publishes.
         coordinator: where it listens; None where there is none.
+        key: what it speaks with over TCP; None to speak in the clear.
+        server: the public half of the key of who listens there; the daemons' by default.
     """
 
     def __init__(
@@ -61,8 +71,15 @@ class Wires:
         lighthouse: str,
         events: str,
         coordinator: str | None,
+        key: Key | None = None,
+        server: str = "",
     ) -> None:
         self._core = core
+        self._key = key
+        self._server = server
+        self._told = 0
+        """How many refusals the coordinator knows of."""
+        self._logged = Sparing()
         self._perform = perform
         self._loop = asyncio.get_running_loop()
         self._incarnation = secrets.token_hex(8)
@@ -74,12 +91,12 @@ class Wires:
         self._knocks: asyncio.Server | None = None
         self.lighthouse_heard_at: float | None = None
         """When the lighthouse said anything last, seconds of the loop's clock; None before its first word."""
-        self._workers = Channel(make_socket(context, zmq.ROUTER), self._on_worker)
+        self._workers = Channel(make_socket(context, zmq.ROUTER), self._on_worker, _of_a_worker)
         self._lighthouse = Channel(self._connect(context, lighthouse), self._on_lighthouse)
         self._coordinator = Channel(self._connect(context, coordinator), self._on_coordinator) if coordinator else None
         subscriber = make_socket(context, zmq.SUB)
         subscriber.subscribe(b"")
-        subscriber.connect(check_address(events))
+        connect(subscriber, events, key, server)
         self._events = Channel(subscriber, self._on_event)
         self._timers: dict[Callable[[], float], asyncio.TimerHandle] = {}
 
@@ -148,7 +165,7 @@ class Wires:
 
     def _connect(self, context: zmq.Context[Any], address: str) -> zmq.Socket[Any]:
         socket = make_socket(context, zmq.DEALER, identity=self._incarnation.encode())
-        socket.connect(check_address(address))
+        connect(socket, address, self._key, self._server)
         return socket
 
     # --- messages ------------------------------------------------------------------------------------------
@@ -164,6 +181,8 @@ class Wires:
             case Welcome():
                 self._beat_interval = message.beat_interval or self._beat_interval
                 self._perform(self._core.registered(time.monotonic()))
+            case Refused(code="NOT_ALLOWED"):
+                self._not_allowed(message)
             case Snapshot():
                 self._perform(self._core.heard(message))
             case _:
@@ -174,9 +193,16 @@ class Wires:
             case BeatAnswer(known=False):
                 assert self._coordinator is not None
                 self._introduce(self._coordinator)
+            case Refused(code="NOT_ALLOWED"):
+                self._not_allowed(message)
             case Welcome():
+                self._told = 0
                 self._perform(self._core.welcomed(time.monotonic()))
         self._perform(self._core.from_coordinator(time.monotonic(), message))
+
+    def _not_allowed(self, refused: Refused) -> None:
+        if self._logged.due(refused.reason):
+            log.error("a daemon refuses this agent's messages: %s", refused.reason)
 
     def _introduce(self, daemon: Channel) -> None:
         if self._hello is not None:
@@ -201,6 +227,10 @@ class Wires:
 
     def _beat_coordinator(self) -> float:
         self.tell_coordinator(Beat(self._core.node, self._incarnation, self._beats))
+        refused = self._workers.refused
+        if refused.total() != self._told:
+            self._told = refused.total()
+            self.tell_coordinator(NodeRefusals(self._core.node, dict(refused)))
         return COORDINATOR_BEAT_INTERVAL
 
     def _tick(self) -> float:
@@ -209,6 +239,11 @@ class Wires:
             self._lighthouse.send(SnapshotRequest(0, job))
         self._perform(self._core.tick(time.monotonic()))
         return TICK
+
+
+def _of_a_worker(user: str, message: Message) -> Refusal | None:
+    """Workers have no keys: whoever reaches the door is of this node."""
+    return refusal("worker", "", message)
 
 
 async def _answer_knock(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

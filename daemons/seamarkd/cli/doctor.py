@@ -82,6 +82,7 @@ def doctor(config: Path | None) -> int:
     checks = [
         *addresses(settings),
         *directories(settings),
+        keys(settings),
         files_limit(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         processes_limit(resource.getrlimit(resource.RLIMIT_NPROC)[0]),
         kernel(platform.release()),
@@ -104,9 +105,13 @@ def show(console: Console, check: Check) -> None:
 def addresses(settings: Settings) -> list[Check]:
     """Each address: answered by a daemon of ours, free to be taken, or in somebody else's hands."""
     asked_at = time.time()
-    lighthouse = ask_one(settings.lighthouse.address, LighthouseStatus, ASK_TIMEOUT)
+    try:
+        key = settings.key("operator")
+    except SettingsError:
+        key = None  # the check of the keys says so
+    lighthouse = ask_one(settings.lighthouse.address, LighthouseStatus, ASK_TIMEOUT, key)
     answered_at = time.time()
-    coordinator = ask_one(settings.coordinator.address, CoordinatorStatus, ASK_TIMEOUT)
+    coordinator = ask_one(settings.coordinator.address, CoordinatorStatus, ASK_TIMEOUT, key)
     checks = [
         address_check("lighthouse", settings.lighthouse.address, lighthouse, bind_error(settings.lighthouse.address)),
         events_check(settings.lighthouse.events, lighthouse, bind_error(settings.lighthouse.events)),
@@ -220,6 +225,21 @@ def directories(settings: Settings) -> list[Check]:
         kind = file_system(path.resolve(), mounts)
         checks.append(directory_check(name, path, path.stat().st_mode, os.access(path, os.W_OK | os.X_OK), kind))
     return checks
+
+
+def keys(settings: Settings) -> Check:
+    """The keys of this host: whether they are safe, and this host's people have one."""
+    directory = settings.keys_directory
+    if directory is None:
+        if settings.security.insecure:
+            return Check("warning", "keys: none, and --insecure: whoever reaches the daemons can command the jobs")
+        return Check("ok", "keys: none, for nothing leaves this host")
+    try:
+        key = settings.key("operator")
+    except SettingsError as error:
+        return Check("problem", f"keys: {error}")
+    assert key is not None
+    return Check("ok", f"keys: {directory}, yours is {key.name}")
 
 
 def file_system(path: Path, mounts: Iterable[tuple[str, str]]) -> str:

@@ -53,9 +53,9 @@ def undrain(node: str, config: Path | None) -> int:
 
 
 def _order(order: DrainNode, config: Path | None) -> None:
-    address = connectable(load(config, os.environ, {}).coordinator.address)
+    settings = load(config, os.environ, {})
     try:
-        with Operator(address) as operator:
+        with Operator(connectable(settings.coordinator.address), settings.key("operator")) as operator:
             operator.ask(
                 lambda number: DrainNode(number, order.node, order.reason, order.undo), Acknowledged, ASK_TIMEOUT
             )

@@ -35,7 +35,7 @@ from seamark.protocol.messages import (
     SnapshotRequest,
     StatusRequest,
 )
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.sockets import connect, make_socket
 from seamarkd.cli.exit_codes import CONFIGURATION
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable, on_loopback, plain
@@ -87,7 +87,7 @@ def events(job: str | None, follow: bool, since: float | None, as_json: bool, co
 
 def _jobs(settings: Settings, feed: Feed, job: str | None) -> list[str]:
     try:
-        with Operator(connectable(settings.coordinator.address)) as operator:
+        with Operator(connectable(settings.coordinator.address), settings.key("operator")) as operator:
             answer = operator.ask(StatusRequest, CoordinatorStatus, ASK_TIMEOUT)
     except UnreachableError:
         if job is None:
@@ -109,14 +109,15 @@ class Feed:
     """
 
     def __init__(self, settings: Settings, job: str | None, *, follow: bool) -> None:
-        self._operator = Operator(connectable(settings.lighthouse.address))
+        key = settings.key("operator")
+        self._operator = Operator(connectable(settings.lighthouse.address), key)
         self._address = settings.lighthouse.address
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = make_socket(self._context, zmq.SUB)
         if follow:
             for prefix in (topic(job), EVENT_BEAT_TOPIC) if job is not None else (b"",):
                 self._socket.subscribe(prefix)
-            self._socket.connect(check_address(connectable(settings.lighthouse.events)))
+            connect(self._socket, connectable(settings.lighthouse.events), key)
 
     def __enter__(self) -> Self:
         return self

@@ -42,7 +42,7 @@ def fail(job: str, member: str, group: str, config: Path | None) -> int:
     name = f"{job}/{member}" if group == RANKS and member.isdecimal() else member
     address = settings.lighthouse.address
     try:
-        with Operator(connectable(address)) as operator:
+        with Operator(connectable(address), settings.key("operator")) as operator:
             operator.ask(lambda number: InjectFailure(number, job, group, name), Acknowledged, ASK_TIMEOUT)
     except RefusedError as error:
         raise click.UsageError(str(error)) from None

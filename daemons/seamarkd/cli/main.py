@@ -14,6 +14,7 @@ from seamarkd.cli.events import events
 from seamarkd.cli.exit_codes import CONFIGURATION, INTERRUPTED, UNREACHABLE, USAGE
 from seamarkd.cli.fail import fail
 from seamarkd.cli.joblogs import logs
+from seamarkd.cli.keys import keys_group
 from seamarkd.cli.manifest import manifest
 from seamarkd.cli.operator import UnreachableError
 from seamarkd.cli.run import run
@@ -46,10 +47,11 @@ def cli() -> None:
       seamark status                  who is there, what runs, what waits
       seamark why                     what happened to the last job, in ms
       seamark why train-3f2a --json   the same as data
+      seamark keys init               before the suite leaves this host
     """
 
 
-for command in (up, down, restart, run, status, logs, events, why, manifest, doctor, drain, undrain, fail):
+for command in (up, down, restart, run, status, logs, events, why, manifest, doctor, drain, undrain, fail, keys_group):
     cli.add_command(command)
 
 

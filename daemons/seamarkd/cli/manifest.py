@@ -13,8 +13,10 @@ import click
 import msgspec
 from msgspec import Struct
 
+from seamark.protocol.keys import Key
 from seamark.protocol.messages import Dataset, FollowJob, JobStatus, ShardEntry, ShardsPage, ShardsRequest
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.cli.status import connectable
 from seamarkd.coordinator.books import reading
 from seamarkd.paths import state_directory
 from seamarkd.settings import load
@@ -29,6 +31,7 @@ class Source(Struct):
 
     address: str
     file: Path
+    key: Key | None = None
 
 
 @click.command()
@@ -53,17 +56,18 @@ def manifest(job: str, dataset: str | None, config: Path | None) -> int:
             source = Source(address.read_text() if address.exists() else "", home / "manifest.db")
         else:
             settings = load(config, os.environ, {})
-            source = Source(settings.coordinator.address, settings.state_directory / "coordinator.db")
-        if not (source.address and _from_coordinator(source.address, job, dataset)):
+            where = connectable(settings.coordinator.address)
+            source = Source(where, settings.state_directory / "coordinator.db", settings.key("operator"))
+        if not (source.address and _from_coordinator(source, job, dataset)):
             _from_file(source.file, job, dataset)
     except RefusedError as error:
         raise click.UsageError(str(error)) from None
     return 0
 
 
-def _from_coordinator(address: str, job: str, only: str | None) -> bool:
+def _from_coordinator(source: Source, job: str, only: str | None) -> bool:
     """Prints what a coordinator says; False if none answers."""
-    with Operator(address) as operator:
+    with Operator(source.address, source.key) as operator:
         try:
             status = operator.ask(lambda n: FollowJob(n, job), JobStatus, ASK_TIMEOUT)
         except UnreachableError:

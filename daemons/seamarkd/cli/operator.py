@@ -12,8 +12,9 @@ from typing import Any, Self, TypeVar
 import zmq
 
 from seamark.protocol.codec import decode, encode
+from seamark.protocol.keys import Key
 from seamark.protocol.messages import Message, Refused
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.sockets import connect, encrypted, make_socket
 
 T = TypeVar("T", bound=Message)
 REPEAT_INTERVAL = 1.0
@@ -29,13 +30,19 @@ class UnreachableError(Exception):
 
 
 class Operator:
-    """Asks the coordinator at this address."""
+    """Asks the coordinator at this address.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        address: where it listens.
+        key: the person's own; None to speak in the clear.
+    """
+
+    def __init__(self, address: str, key: Key | None = None) -> None:
         self._address = address
+        self._key = key if key is not None and encrypted(address) else None
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = make_socket(self._context, zmq.DEALER)
-        self._socket.connect(check_address(address))
+        connect(self._socket, address, key)
         self._requests = itertools.count(1)
 
     def __enter__(self) -> Self:
@@ -46,6 +53,13 @@ class Operator:
     ) -> None:
         self._socket.close()
         self._context.term()
+
+    @property
+    def doubt(self) -> str:
+        """What else than a missing daemon may be behind silence: who refuses a key says nothing to its owner."""
+        if self._key is None:
+            return ""
+        return f" (to the key {self._key.name}: does seamark keys list still show it on the head?)"
 
     def tell(self, make: Callable[[int], Message]) -> int:
         """Sends a request without waiting; returns its number."""
@@ -84,4 +98,4 @@ class Operator:
                 raise RefusedError(message.reason)
             if isinstance(message, answer) and getattr(message, "request", None) == request:
                 return message
-        raise UnreachableError(f"no answer from the coordinator at {self._address} within {timeout:g} s")
+        raise UnreachableError(f"no answer from the coordinator at {self._address} within {timeout:g} s{self.doubt}")

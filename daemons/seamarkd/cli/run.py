@@ -35,6 +35,7 @@ from seamark.runtime_config import RuntimeConfig
 from seamarkd.agent.keeper import PRELOAD
 from seamarkd.cli.exit_codes import ABORTED, CONFIGURATION, FAILED, INTERRUPTED, SUCCEEDED, TERMINATED
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.cli.status import connectable
 from seamarkd.coordinator.classification import job_patterns
 from seamarkd.coordinator.job import ENDED
 from seamarkd.paths import job_directory
@@ -189,7 +190,8 @@ def run(
             raise click.UsageError(
                 "--attach JOB follows a job of the suite that runs: leave SCRIPT and --standalone out"
             )
-        with Operator(load(config, os.environ, {}).coordinator.address) as operator:
+        suite = load(config, os.environ, {})
+        with Operator(connectable(suite.coordinator.address), suite.key("operator")) as operator:
             return Follower(operator, attach).attach()
     if independent and policy != "replace":
         raise click.UsageError("--independent replaces each rank alone, which is --restart-policy replace: use that")
@@ -228,9 +230,9 @@ def run(
         independent=independent,
     )
     if chosen is not None:
-        with Operator(chosen.coordinator.address) as operator:
+        with Operator(connectable(chosen.coordinator.address), chosen.key("operator")) as operator:
             return Follower(operator, job).run(spec)
-    with Standalone(home, nproc_per_node) as suite, Operator(suite.coordinator) as operator:
+    with Standalone(home, nproc_per_node) as embedded, Operator(embedded.coordinator) as operator:
         # The job ends with this process: a closed terminal is no reason to end it.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return Follower(operator, job).run(spec)

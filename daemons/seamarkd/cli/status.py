@@ -22,7 +22,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from seamark.protocol.codec import ProtocolError
+from seamark.protocol.codec import ProtocolError, Reason
+from seamark.protocol.keys import Key
 from seamark.protocol.messages import (
     REPLICAS,
     CoordinatorStatus,
@@ -36,7 +37,7 @@ from seamark.protocol.messages import (
     StatusRequest,
 )
 from seamarkd.cli.exit_codes import CONFIGURATION, FAILED, SUCCEEDED, UNREACHABLE
-from seamarkd.cli.operator import Operator, UnreachableError
+from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.coordinator.job import ENDED, first_line
 from seamarkd.lighthouse.nodes import LOST_BEATS
 from seamarkd.settings import Settings, SettingsError, load
@@ -49,6 +50,14 @@ LATE = 0.5
 """Seconds by which a lighthouse is late that finds lost hosts noticeably later."""
 CLOCKS = frozenset({"uptime", "beat_age", "running_for", "lateness"})
 """Fields that differ between any two answers: no change that anybody would want a line for."""
+
+REFUSALS = {
+    "unknown_key": "connections with a key that nobody knows",
+    "revoked_key": "connections and messages with a revoked key",
+    "not_allowed": "messages that are not their sender's to send",
+    "other_node": "messages in the name of another node",
+}
+"""What daemons count, in words."""
 
 Answer = TypeVar("Answer", CoordinatorStatus, LighthouseStatus)
 
@@ -129,20 +138,23 @@ def status(as_json: bool, watch: bool, verbose: bool, config: Path | None) -> in
 def ask(settings: Settings) -> tuple[CoordinatorStatus | str, LighthouseStatus | str]:
     """Both daemons' answers, asked at the same time; in place of one that did not come, the reason."""
     with ThreadPoolExecutor(2) as pool:
-        coordinator = pool.submit(ask_one, settings.coordinator.address, CoordinatorStatus)
-        lighthouse = pool.submit(ask_one, settings.lighthouse.address, LighthouseStatus)
+        key = settings.key("operator")
+        coordinator = pool.submit(ask_one, settings.coordinator.address, CoordinatorStatus, key=key)
+        lighthouse = pool.submit(ask_one, settings.lighthouse.address, LighthouseStatus, key=key)
         return coordinator.result(), lighthouse.result()
 
 
-def ask_one(address: str, answer: type[Answer], timeout: float = ASK_TIMEOUT) -> Answer | str:
+def ask_one(address: str, answer: type[Answer], timeout: float = ASK_TIMEOUT, key: Key | None = None) -> Answer | str:
     """The status of the daemon at this address, or why there is none, after ``timeout`` seconds at the latest."""
-    try:
-        with Operator(connectable(address)) as operator:
+    with Operator(connectable(address), key) as operator:
+        try:
             return operator.ask(StatusRequest, answer, timeout)
-    except UnreachableError:
-        return f"no answer at {address} within {timeout:g} s"
-    except ProtocolError as error:
-        return f"{address}: {error}"
+        except UnreachableError:
+            return f"no answer at {address} within {timeout:g} s{operator.doubt}"
+        except RefusedError as error:
+            return f"{address}: {error}"
+        except ProtocolError as error:
+            return f"{address}: {error}"
 
 
 def assess(
@@ -159,9 +171,7 @@ def assess(
         picture.notes.append(f"{address} is open to the network without keys: whoever reaches it can run programs")
     picture.daemons = [_daemon(picture, "lighthouse", lighthouse), _daemon(picture, "coordinator", coordinator)]
     if isinstance(lighthouse, LighthouseStatus):
-        if lighthouse.dropped:
-            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(lighthouse.dropped.items()))
-            picture.notes.append(f"the lighthouse dropped frames that were no message: {counts}")
+        picture.notes += _dropped("the lighthouse", lighthouse.dropped)
         if lighthouse.lateness > LATE:
             late = duration(lighthouse.lateness)
             picture.notes.append(
@@ -169,6 +179,9 @@ def assess(
             )
     _nodes(picture, coordinator, lighthouse)
     if isinstance(coordinator, CoordinatorStatus):
+        picture.notes += _dropped("the coordinator", coordinator.dropped)
+        for node in coordinator.nodes:
+            picture.notes += _dropped(f"the agent of node {node.node}", node.refused)
         waiting = lighthouse.waiting if isinstance(lighthouse, LighthouseStatus) else {}
         _jobs(picture, coordinator, waiting)
     if isinstance(lighthouse, LighthouseStatus):
@@ -180,6 +193,21 @@ def assess(
     elif picture.problems:
         picture.code = FAILED
     return picture
+
+
+def _dropped(who: str, counts: dict[str, int]) -> list[str]:
+    """What a daemon did not take, in sentences: what was no message, and what was not its sender's to send."""
+    unreadable = {reason: count for reason, count in counts.items() if reason in set(Reason)}
+    refused = {reason: count for reason, count in counts.items() if reason in REFUSALS}
+    sentences = (
+        (unreadable, f"{who} dropped frames that were no message: {{}}"),
+        (refused, f"{who} refused: {{}}: its log names the peers"),
+    )
+    return [
+        sentence.format(", ".join(f"{count} {REFUSALS.get(reason, reason)}" for reason, count in sorted(found.items())))
+        for found, sentence in sentences
+        if found
+    ]
 
 
 def _daemon(picture: Picture, role: str, answer: CoordinatorStatus | LighthouseStatus | str) -> Row:
@@ -284,7 +312,7 @@ def _replica(member: GroupMember) -> Row:
 
 def exposed(settings: Settings) -> list[str]:
     """The addresses that reach beyond this host, where the configuration allows that."""
-    if not settings.security.insecure:
+    if not settings.security.insecure or settings.keys_directory is not None:
         return []
     addresses = (settings.lighthouse.address, settings.lighthouse.events, settings.coordinator.address)
     return [address for address in addresses if not on_loopback(address)]

@@ -14,14 +14,20 @@ import sys
 import time
 import xmlrpc.client
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import click
 import psutil
 
 import seamarkd
+from seamark.protocol.authority import KeyRole
+from seamark.protocol.messages import CoordinatorStatus, JobStatus, StatusRequest, StopJob
 from seamarkd.cli.exit_codes import CONFIGURATION, FAILED
+from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.cli.status import connectable
 from seamarkd.cli.supervisor import SOCKET, NotRunningError, Program, Supervisor
+from seamarkd.coordinator.job import ENDED
 from seamarkd.settings import Settings, SettingsError, config_path, load
 
 ROLES = ("lighthouse", "coordinator", "agent")
@@ -37,6 +43,7 @@ calls a program RUNNING before its first instruction."""
 CRASHES = 2
 """A program seen with this many further process ids while it comes up is not going to."""
 LOG_LINES = 10
+ASK_TIMEOUT = 5.0
 POLL = 0.05
 
 
@@ -81,10 +88,19 @@ def up(roles: tuple[str, ...], agents: int, insecure: bool, config: Path | None)
 
 
 @click.command()
+@click.option(
+    "--keep-jobs", is_flag=True, help="Jobs are not ended: their workers save, and go on after the next seamark up."
+)
 @config_option
-def down(config: Path | None) -> int:
-    """Stops the daemons of this host; jobs write a checkpoint first."""
-    return _reported(lambda: _down(_settings_of_running(config)))
+def down(keep_jobs: bool, config: Path | None) -> int:
+    """Stops the daemons of this host. Where the coordinator runs it ends all jobs first.
+
+    \b
+    Examples:
+      seamark down                 ends the jobs, then the daemons
+      seamark down --keep-jobs     before the host is rebooted: the jobs go on afterwards
+    """
+    return _reported(lambda: _down(_settings_of_running(config), keep_jobs))
 
 
 @click.command()
@@ -171,6 +187,7 @@ def _answers(address: str) -> bool:
 
 def _up(roles: tuple[str, ...], agents: int, insecure: bool, config: Path | None) -> None:
     settings = _settings(config, insecure)
+    _check_keys(settings, roles, agents)
     addresses = _addresses(settings)
     with _directories(settings) as run:
         if len(os.fsencode(run / SOCKET)) > 99:  # supervisord binds NAME.PID first; the kernel takes 107 bytes
@@ -197,6 +214,27 @@ def _up(roles: tuple[str, ...], agents: int, insecure: bool, config: Path | None
             for program in programs:
                 where = " ".join(addresses[program.group]) or settings.agent.host
                 click.echo(f"{program.name:<12} pid {program.pid:<8} {where}")
+
+
+def _check_keys(settings: Settings, roles: tuple[str, ...], agents: int) -> None:
+    """Whether each daemon will find its key.
+
+    Raises:
+        SettingsError: all that are missing or can't be used.
+    """
+    wanted: list[tuple[KeyRole, str]] = []
+    if "lighthouse" in roles or "coordinator" in roles:
+        wanted.append(("daemon", ""))
+    if "agent" in roles:
+        wanted += [("node", settings.node_of(instance)) for instance in range(agents)]
+    problems: list[str] = []
+    for role, name in wanted:
+        try:
+            settings.key(role, name)
+        except SettingsError as error:
+            problems += error.problems
+    if problems:
+        raise SettingsError(list(dict.fromkeys(problems)))
 
 
 def _environment(
@@ -306,14 +344,34 @@ def _failure(program: Program) -> str:
     return "\n".join([f"{program.name} {what}; the end of {program.log}:", *(f"  {line}" for line in lines)])
 
 
-def _down(settings: Settings) -> None:
+def _down(settings: Settings, keep_jobs: bool) -> None:
     with _directories(settings) as run, Supervisor(run) as supervisor:
         try:
+            if not keep_jobs and any(program.group == "coordinator" for program in supervisor.programs()):
+                _end_jobs(settings)
             pid = _shut_down(supervisor)
         except NotRunningError:
             click.echo("nothing is running")
         else:
             click.echo(f"stopped: supervisord, pid {pid}, and its programs")
+
+
+def _end_jobs(settings: Settings) -> None:
+    """Every job that runs is stopped, and waited for; what can't be asked of its coordinator is left alone."""
+    try:
+        with Operator(connectable(settings.coordinator.address), settings.key("operator")) as operator:
+            known = operator.ask(StatusRequest, CoordinatorStatus, ASK_TIMEOUT)
+            jobs = [job.job for job in known.jobs if job.state not in ENDED]
+            for job in jobs:
+                click.echo(f"stopping job {job}")
+                operator.ask(partial(StopJob, job=job, reason="seamark down"), JobStatus, ASK_TIMEOUT)
+            deadline = time.monotonic() + DOWN_TIMEOUT
+            while jobs and time.monotonic() < deadline:
+                time.sleep(POLL)
+                found = operator.ask(StatusRequest, CoordinatorStatus, ASK_TIMEOUT)
+                jobs = [job.job for job in found.jobs if job.state not in ENDED]
+    except (UnreachableError, RefusedError, SettingsError) as error:
+        click.echo(f"{error}: its jobs are left as they are")
 
 
 def _shut_down(supervisor: Supervisor) -> int:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from seamark.protocol.keys import Key
 from seamark.protocol.messages import (
     Decisions,
     DecisionsRequest,
@@ -26,7 +27,7 @@ from seamark.protocol.messages import (
     ShardDecision,
 )
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
-from seamarkd.cli.status import plain
+from seamarkd.cli.status import connectable, plain
 from seamarkd.cli.timeline import Segment, segments, total
 from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.job import first_line
@@ -153,17 +154,17 @@ def _concerns(incident: Incident, member: str) -> bool:
 
 def _of_the_suite(settings: Settings, target: Target) -> Story:
     manifest = settings.state_directory / "coordinator.db"
-    running = _ask(settings.coordinator.address, target)
+    running = _ask(connectable(settings.coordinator.address), target, settings.key("operator"))
     if running is None and not manifest.exists():
         raise RefusedError(f"there is no job {target.job}: no coordinator answers, and {manifest} does not exist")
     return running or _read(manifest, target)
 
 
-def _ask(address: str, target: Target) -> Story | None:
+def _ask(address: str, target: Target, key: Key | None = None) -> Story | None:
     """From the coordinator; None if nobody answers."""
     job = target.job
     try:
-        with Operator(address) as operator:
+        with Operator(address, key) as operator:
             status = operator.ask(lambda n: FollowJob(n, job), JobStatus, ASK_TIMEOUT)
             answer = operator.ask(lambda n: IncidentsRequest(n, job), Incidents, ASK_TIMEOUT)
             about = operator.ask(

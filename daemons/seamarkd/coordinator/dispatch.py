@@ -66,8 +66,8 @@ class Dispatch:
     def request(self, now: float, route: bytes, request: ShardRequest) -> list[Effect]:
         """A consumer asks, through its agent."""
         job = self._jobs.get(request.job)
-        if job is None or job.state in ENDED or job.state == "STOPPING":
-            why = f"there is no job named {request.job}" if job is None else f"job {request.job} ends"
+        if job is None or job.state in ENDED:
+            why = f"there is no job named {request.job}" if job is None else f"job {request.job} has ended"
             return [Send(route, ShardAnswer(request.request, request.job, request.consumer, "refused", reason=why))]
         process = job.processes.get(request.member)
         node = self._nodes.get(process.node) if process is not None else None
@@ -78,6 +78,9 @@ class Dispatch:
             why = "this process has been replaced: what it says counts no longer"
             return [Send(route, ShardAnswer(request.request, request.job, request.consumer, "refused", reason=why))]
         hold = "drain" if node.draining else self.hold
+        if job.state == "STOPPING":
+            # What is done is done; the rest is another time's.
+            hold = hold or "the job ends"
         return self._tell(job, self.of(job).handle(now, request, process.node, partial(_nodes, job), hold))
 
     def reported(self, report: ReportFailure) -> None:

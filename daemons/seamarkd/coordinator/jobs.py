@@ -36,6 +36,7 @@ from seamark.protocol.messages import (
     Message,
     NodeHello,
     NodeLeft,
+    NodeRefusals,
     NodeStatus,
     OpenShards,
     PrepareFailed,
@@ -47,6 +48,7 @@ from seamark.protocol.messages import (
     ReplicaQuorumEvent,
     ReportFailure,
     Roster,
+    ShardRequest,
     SharedState,
     Slot,
     Snapshot,
@@ -107,10 +109,13 @@ LEASE_TIMEOUT = 60.0
 """Seconds without a beat after which what a node's workers hold is given to others, whatever the lighthouse says."""
 LATE = 5.0
 """Seconds between two ticks that say that this daemon, or its host, stood still."""
+SUSPENDED = "the coordinator's host goes away"
 UNHEARD = "waits to hear from its nodes"
 ENDED_KEPT = 1_000
 """Ended jobs that are remembered; the oldest are forgotten first."""
 REQUEST_SHIFT = 32
+OF_A_JOB = (AbortJob, PrepareFailed, ReportFailure, ShardRequest, SharedState, StoreReady, WorkerRegistered)
+"""What names a job and no node, and changes it; reports that have to be acknowledged name their node."""
 
 
 class Coordinator:
@@ -131,6 +136,7 @@ class Coordinator:
         """Why nothing can be made durable just now; new jobs are refused with it."""
         self._settles_at = 0.0
         self._ticked_at = self._awake_since = 0.0
+        self._suspended = False
         """Until then a node that has not been heard may be one that has not found this coordinator yet."""
         self._request = epoch << REQUEST_SHIFT
         self._cursor = EventCursor()
@@ -144,6 +150,7 @@ class Coordinator:
             StopJob: self._stop_job,
             DrainNode: self._drain,
             NodeLeft: self._left,
+            NodeRefusals: self._refusals,
             IncidentsRequest: self._incidents,
             StoreReady: self._store_ready,
             PrepareFailed: self._prepare_failed,
@@ -168,6 +175,13 @@ class Coordinator:
             sentence = f"{type(message).__name__} is not for a coordinator"
             return [Send(route, Refused(getattr(message, "request", 0), "BAD_REQUEST", sentence))]
         return handler(now, route, message)
+
+    def foreign(self, node: str, message: Message) -> bool:
+        """Whether a message speaks for a job that this node has no part in, although it names no node."""
+        if not isinstance(message, OF_A_JOB):
+            return False
+        job = self.jobs.get(message.job)
+        return job is not None and node not in {*(slot.node for slot in job.slots), *job.left, job.moving}
 
     # --- nodes ---------------------------------------------------------------------------------------------
 
@@ -223,8 +237,15 @@ class Coordinator:
         job = self.jobs.get(report.job)
         return self._node_gone(now, job, report.node) if job is not None and job.state not in ENDED else []
 
+    def _refusals(self, now: float, route: bytes, report: NodeRefusals) -> list[Effect]:
+        if report.node in self.nodes:
+            self.nodes[report.node].refused = report.refused
+        return []
+
     def _use_room(self, now: float) -> list[Effect]:
         """Jobs get places in the order in which they were submitted; a small one may overtake."""
+        if self._suspended:
+            return []
         effects: list[Effect] = []
         for _, name in sorted((job.submitted_at, name) for name, job in self.jobs.items()):
             job = self.jobs[name]
@@ -378,8 +399,9 @@ class Coordinator:
         if known is not None and known.submission == request.submission:
             known.followers[route] = now + FOLLOW_FOR
             return [Send(route, status(known, now, request.request))]
-        if self.trouble:
-            return [Send(route, Refused(request.request, "READ_ONLY", f"no new jobs now: {self.trouble}"))]
+        if self.trouble or self._suspended:
+            why = self.trouble or SUSPENDED
+            return [Send(route, Refused(request.request, "READ_ONLY", f"no new jobs now: {why}"))]
         if known is not None and known.state not in ENDED:
             sentence = f"a job named {spec.name} is running: give this one another name with --name"
             return [Send(route, Refused(request.request, "NAME_TAKEN", sentence))]
@@ -417,7 +439,7 @@ class Coordinator:
             uptime=0.0,
             trouble=self.trouble,
             nodes=[
-                NodeStatus(name, node.slots, used.get(name, 0), node.draining)
+                NodeStatus(name, node.slots, used.get(name, 0), node.draining, node.refused)
                 for name, node in sorted(self.nodes.items())
             ],
             jobs=[status(job, now) for job in self.jobs.values()],
@@ -909,7 +931,7 @@ class Coordinator:
         job.request = self._next()
         job.roster_request = 0
         drain = any(slot.node in self.nodes and self.nodes[slot.node].draining for slot in job.slots)
-        job.stop_until = now + (PREEMPTION_GRACE if drain else STOP_GRACE) + NODE_SILENT
+        job.stop_until = now + (PREEMPTION_GRACE if drain else _grace(job)) + NODE_SILENT
         job.stopping = {slot.node for slot in job.slots if slot.node in self.nodes or now < self._settles_at}
         nodes = {slot.node for slot in job.slots}
         effects: list[Effect] = []
@@ -925,7 +947,7 @@ class Coordinator:
     @staticmethod
     def _stop_order(job: Job, *, final: bool) -> StopWorkers:
         abort = job.result if final and job.outcome == "ABORTED" else ""
-        return StopWorkers(job.request, job.spec.name, max(job.generation, 0), STOP_GRACE, final, abort)
+        return StopWorkers(job.request, job.spec.name, max(job.generation, 0), _grace(job), final, abort)
 
     def _workers_stopped(self, now: float, route: bytes, report: WorkersStopped) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -935,6 +957,8 @@ class Coordinator:
         return [] if job.stopping else self._all_stopped(now, job)
 
     def _all_stopped(self, now: float, job: Job) -> list[Effect]:
+        if job.state == "STOPPING" and job.outcome == "PENDING":
+            return self._put_aside(now, job)
         if job.state == "STOPPING":
             job.state = job.outcome
             job.sentence = job.result
@@ -942,13 +966,26 @@ class Coordinator:
         job.incidents.restarted()
         return self._place(now, job)
 
-    def shut_down(self, now: float) -> list[Effect]:
-        """This suite is being stopped: so are its jobs (D12)."""
+    def suspend(self, now: float) -> list[Effect]:
+        """This host goes away: every worker is asked for a last checkpoint, and the next start goes on there (D12)."""
+        self._suspended = True
+        self._dispatch.hold = SUSPENDED
         effects: list[Effect] = []
         for job in self.jobs.values():
-            if job.state not in ENDED and job.state != "STOPPING":
-                effects += self._end(now, job, "CANCELLED", "stopped with the suite (seamark down)")
+            if job.state in ("STARTING", "RUNNING", "RESTARTING"):
+                job.outcome, job.state = "PENDING", "STOPPING"
+                job.sentence = f"{SUSPENDED}: its workers are asked to save, and go on when there is one again"
+                effects += self._stop_workers(now, job, final=True)
         return effects
+
+    def _put_aside(self, now: float, job: Job) -> list[Effect]:
+        """All workers of a job are gone, and it begins anew where it was."""
+        job.state, job.outcome = "PENDING", "FAILED"
+        job.left |= {slot.node for slot in job.slots}
+        job.slots, job.store, job.store_node = [], StoreAddress(), ""
+        job.processes.clear()
+        job.sentence = SUSPENDED if self._suspended else UNHEARD
+        return [persist(job), *self._tell(job), *self._use_room(now)]
 
     @property
     def stopping(self) -> bool:
@@ -976,7 +1013,7 @@ class Coordinator:
             del self.nodes[name]
         for job in self.jobs.values():
             job.followers = {route: until for route, until in job.followers.items() if until > now}
-            if job.state == "PENDING":
+            if job.state == "PENDING" and not self._suspended:
                 effects += self._place(now, job)
             if job.roster_request and now >= job.roster_due:
                 effects += self._announce(now, job)
@@ -995,7 +1032,7 @@ class Coordinator:
 
     def _keep_leases(self, now: float) -> list[Effect]:
         """A lease lives as long as its holder's node beats; the lighthouse says sooner if one is lost."""
-        self._dispatch.hold = self.trouble
+        self._dispatch.hold = SUSPENDED if self._suspended else self.trouble
         if now - self._ticked_at > LATE:
             # This daemon stood still, or begins: nobody's silence is known to be theirs.
             self._awake_since = now
@@ -1013,6 +1050,11 @@ class Coordinator:
     def due(self) -> float | None:
         """When something is to be done that no message brings; None if nothing is known to be."""
         return self._dispatch.due()
+
+
+def _grace(job: Job) -> float:
+    """Seconds that its workers have to end: more where they go on later from what they save now."""
+    return PREEMPTION_GRACE if job.state == "STOPPING" and job.outcome == "PENDING" else STOP_GRACE
 
 
 def _unknown(request: int, job: str) -> Refused:

@@ -12,21 +12,30 @@ from seamarkd import daemon
 from seamarkd.cli.exit_codes import TERMINATED
 from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.shell import CoordinatorShell
+from seamarkd.exits import PREEMPTION_GRACE
+from seamarkd.gate import Gate
 
-PATIENCE = 30.0
-"""Seconds the nodes have to stop their workers when the suite is stopped (D12)."""
+PATIENCE = PREEMPTION_GRACE + 4.0
+"""Seconds until the nodes have stopped their workers: what those have to save (D12), and the way there and back."""
 
 
 class _Served:
-    def __init__(self, shell: CoordinatorShell) -> None:
+    def __init__(self, shell: CoordinatorShell, gate: Gate | None) -> None:
         self._shell = shell
+        self._gate = gate
 
     async def leave(self) -> int:
-        await self._shell.shut_down(PATIENCE)
+        await self._shell.leave(PATIENCE)
+        self._close_gate()
         return TERMINATED
 
     async def close(self) -> None:
         await self._shell.close()
+        self._close_gate()
+
+    def _close_gate(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
 
 
 @click.command()
@@ -45,16 +54,17 @@ def command(
     chosen = daemon.settings(config, insecure, log_level, log_format, {"coordinator.address": address})
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
+        gate = Gate.of(context, chosen)
         manifest = Manifest(chosen.state_directory / "coordinator.db")
-        return _Served(
-            CoordinatorShell(
-                context,
-                chosen.coordinator.address,
-                chosen.lighthouse.address,
-                chosen.lighthouse.events,
-                manifest,
-            )
+        shell = CoordinatorShell(
+            context,
+            chosen.coordinator.address,
+            chosen.lighthouse.address,
+            chosen.lighthouse.events,
+            manifest,
+            gate,
         )
+        return _Served(shell, gate)
 
     daemon.run("coordinator", chosen, start)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 
 class Node(Struct):
@@ -13,3 +13,5 @@ class Node(Struct):
     last_beat: float
     draining: str = ""
     """Why it gets no workers."""
+    refused: dict[str, int] = field(default_factory=dict)
+    """What its agent refused its workers, by reason."""

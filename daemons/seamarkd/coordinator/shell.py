@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
@@ -19,8 +19,9 @@ from typing import Any, TypeAlias
 import zmq
 from msgspec.structs import replace
 
+from seamark.protocol.authority import Refusal
 from seamark.protocol.messages import Message, Refused, ShardsPage, ShardsRequest, StatusRequest
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.sockets import bind, connect, encrypted, make_socket
 from seamarkd.channel import Channel
 from seamarkd.coordinator.effects import Effect, Forget, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import ENDED, status
@@ -29,6 +30,7 @@ from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.shards import Record
 from seamarkd.effects import Send
 from seamarkd.errors import ManifestError
+from seamarkd.gate import Gate
 from seamarkd.software import software
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class CoordinatorShell:
         address: where agents and operators reach it (ROUTER).
         lighthouse, events: the lighthouse's two addresses.
         manifest: its durable state, from which the jobs of an earlier start are taken up.
+        gate: who may come in over TCP, and the key to come to the lighthouse with; None lets everybody in.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class CoordinatorShell:
         lighthouse: str,
         events: str,
         manifest: Manifest,
+        gate: Gate | None = None,
     ) -> None:
         self.core = Coordinator(manifest.epoch)
         now = time.monotonic()
@@ -94,14 +98,17 @@ class CoordinatorShell:
         self._manifest = manifest
         self._since = time.monotonic()
         self._loop = asyncio.get_running_loop()
+        self._gate = gate
+        key = gate.key if gate else None
         router = make_socket(context, zmq.ROUTER)
-        router.bind(check_address(address))
+        bind(router, address, key)
         dealer = make_socket(context, zmq.DEALER)
-        dealer.connect(check_address(lighthouse))
+        connect(dealer, lighthouse, key)
         subscriber = make_socket(context, zmq.SUB)
         subscriber.subscribe(b"")
-        subscriber.connect(check_address(events))
-        self._requests = Channel(router, self._on_message)
+        connect(subscriber, events, key)
+        keyed = gate is not None and encrypted(address)
+        self._requests = Channel(router, self._on_message, self._refusal if keyed else None, signed=keyed)
         self._lighthouse = Channel(dealer, self._on_lighthouse)
         self._subscription = Channel(subscriber, self._on_lighthouse)
         self._waiting: deque[Effect] = deque()
@@ -110,13 +117,17 @@ class CoordinatorShell:
         self._disk = ThreadPoolExecutor(1, "seamark-manifest")
         self._reading: set[asyncio.Task[None]] = set()
         self._backup_due = 0.0
+        self._commits = 0
         self._closing = False
         self._told: dict[str, asyncio.TimerHandle] = {}
         self._timer = self._loop.call_later(TICK, self._tick)
 
-    async def shut_down(self, patience: float) -> None:
-        """Stops every job, as far as its nodes answer within ``patience`` seconds, and closes."""
-        self._perform(self.core.shut_down(time.monotonic()))
+    async def leave(self, patience: float) -> None:
+        """This host goes away: all workers are asked to save, stopped, and go on at the next start of a coordinator.
+
+        What they complete within ``patience`` seconds is taken.
+        """
+        self._perform(self.core.suspend(time.monotonic()))
         deadline = time.monotonic() + patience
         while self.core.stopping and time.monotonic() < deadline:
             await asyncio.sleep(STOPPED_LOOK)
@@ -137,6 +148,13 @@ class CoordinatorShell:
         self._disk.shutdown()
         self._manifest.close()
 
+    def _refusal(self, user: str, message: Message) -> Refusal | None:
+        assert self._gate is not None
+        return self._gate.refusal(user, message, self.core.foreign)
+
+    def _at_the_gate(self) -> Counter[str]:
+        return self._gate.refused if self._gate else Counter()
+
     def _on_message(self, route: bytes, message: Message) -> None:
         if isinstance(message, StatusRequest):
             status = replace(
@@ -144,6 +162,8 @@ class CoordinatorShell:
                 software=software(),
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
+                commits=self._commits,
+                dropped=dict(self._requests.dropped + self._requests.refused + self._at_the_gate()),
             )
             self._requests.send(status, route)
             return
@@ -232,6 +252,7 @@ class CoordinatorShell:
                 self._waiting.extendleft(reversed([*batch, *records, *sends]))
                 await asyncio.sleep(COMMIT_RETRY)
                 continue
+            self._commits += 1
             self.core.trouble = ""
             while sends:
                 self._send(sends.popleft())

@@ -46,6 +46,18 @@ from seamarkd.lighthouse.nodes import NodeWatch, ProbeResult
 from seamarkd.lighthouse.replicas import ReplicaGroup, ReplicaOptions
 
 EPOCH_SHIFT = 32
+OF_RANKS = (
+    AbortJob,
+    Complete,
+    Join,
+    LastQuorum,
+    MemberFaulted,
+    MemberLost,
+    MemberStarted,
+    Roster,
+    StoreLost,
+)
+"""What changes the group of a job's ranks."""
 
 
 class Lighthouse:
@@ -100,6 +112,28 @@ class Lighthouse:
             sentence = f"{type(message).__name__} is not for a lighthouse"
             return [Send(route, Refused(getattr(message, "request", 0), "BAD_REQUEST", sentence))]
         return handler(now, route, message)
+
+    def foreign(self, node: str, message: Message) -> bool:
+        """Whether a message speaks for what is known to be another's, although it names no node.
+
+        Args:
+            node: whose key it came with; empty for a client's, who has no part in jobs that a coordinator has.
+            message: what was sent.
+        """
+        group = self.groups.get(message.job) if isinstance(message, OF_RANKS) else None
+        if group is None:
+            return False
+        if not node:
+            return bool(group.submission) and not group.over
+        match message:
+            case Join() | Complete() | MemberFaulted():
+                return group.is_elsewhere(message.member, message.incarnation, node)
+            case StoreLost():
+                return group.store_is_elsewhere(node)
+            case AbortJob():
+                return bool(group.submission)  # its coordinator is asked
+            case _:
+                return False
 
     def tick(self, now: float) -> list[Effect]:
         """What time alone completes."""

@@ -10,11 +10,14 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import zmq
 from msgspec import Struct
 
+from seamark.protocol.keys import own
+from seamarkd.gate import Gate
 from seamarkd.lighthouse.replicas import ReplicaOptions
 from seamarkd.lighthouse.shell import LighthouseShell
 
@@ -36,6 +39,7 @@ def serve(
     heartbeat_timeout: float = 5.0,
     failure_tick: float = 1.0,
     epoch: int = 1,
+    keys: Path | None = None,
 ) -> Iterator[Served]:
     """Serves on a thread of its own until the block ends.
 
@@ -47,19 +51,22 @@ def serve(
         heartbeat_timeout: seconds of silence after which a replica group is lost.
         failure_tick: seconds between two looks for such silence.
         epoch: higher than that of an earlier lighthouse which the same managers knew.
+        keys: the directory of ``seamark keys init``; with None it speaks in the clear, and to everybody.
 
     Raises:
         zmq.ZMQError: an address is in use.
+        KeysError: the keys can't be used.
     """
     options = ReplicaOptions(min_replicas, join_timeout, heartbeat_timeout, failure_tick)
     loop = asyncio.new_event_loop()
     context: zmq.Context[Any] = zmq.Context()
 
-    async def start() -> LighthouseShell:
-        return LighthouseShell(context, address, events, epoch, options)
+    async def start() -> tuple[LighthouseShell, Gate | None]:
+        gate = Gate(context, own(keys, "daemon"), keys) if keys is not None else None
+        return LighthouseShell(context, address, events, epoch, options, gate=gate), gate
 
     try:
-        shell = loop.run_until_complete(start())
+        shell, gate = loop.run_until_complete(start())
     except BaseException:
         loop.close()
         context.destroy(linger=0)
@@ -70,6 +77,8 @@ def serve(
         yield Served(shell.address, shell.events)
     finally:
         loop.call_soon_threadsafe(shell.close)
+        if gate is not None:
+            loop.call_soon_threadsafe(gate.close)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

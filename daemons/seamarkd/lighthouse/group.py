@@ -185,6 +185,15 @@ class Group:
         """Those that its members are on."""
         return self._on_node.keys()
 
+    def is_elsewhere(self, member: str, incarnation: str, node: str) -> bool:
+        """Whether this very process of the member is known to be on another node."""
+        state = self.members.get(member)
+        return state is not None and state.incarnation == incarnation != "" and state.is_elsewhere(node)
+
+    def store_is_elsewhere(self, node: str) -> bool:
+        """Whether the TCPStore is known to be on another node."""
+        return self._store_node not in ("", node)
+
     # --- membership ----------------------------------------------------------------------------------------
 
     def set_roster(self, now: float, roster: Roster) -> list[Effect]:

@@ -11,19 +11,23 @@ import zmq
 from seamarkd import daemon
 from seamarkd.cli.exit_codes import SUCCEEDED
 from seamarkd.epoch import next_epoch
+from seamarkd.gate import Gate
 from seamarkd.lighthouse.shell import LighthouseShell
 
 
 class _Served:
-    def __init__(self, shell: LighthouseShell) -> None:
+    def __init__(self, shell: LighthouseShell, gate: Gate | None) -> None:
         self._shell = shell
+        self._gate = gate
 
     async def leave(self) -> int:
-        self._shell.close()
+        await self.close()
         return SUCCEEDED
 
     async def close(self) -> None:
         self._shell.close()
+        if self._gate is not None:
+            self._gate.close()
 
 
 @click.command()
@@ -51,6 +55,7 @@ def command(
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         epoch = next_epoch(chosen.state_directory / "lighthouse.epoch")
         asked = chosen.lighthouse
+        gate = Gate.of(context, chosen)
         shell = LighthouseShell(
             context,
             asked.address,
@@ -58,8 +63,9 @@ def command(
             epoch,
             agent_grace=asked.agent_grace,
             beat_interval=asked.beat_interval,
+            gate=gate,
         )
-        return _Served(shell)
+        return _Served(shell, gate)
 
     daemon.run("lighthouse", chosen, start)
 

@@ -6,16 +6,19 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
 import zmq
 from msgspec.structs import replace
 
+from seamark.protocol.authority import Refusal
 from seamark.protocol.messages import Message, StatusRequest
-from seamark.protocol.sockets import check_address, make_socket
+from seamark.protocol.sockets import bind, encrypted, make_socket
 from seamarkd.channel import Channel
 from seamarkd.effects import Effect, Probe, ProbeMember, Publish, Send, Wake
+from seamarkd.gate import Gate
 from seamarkd.lighthouse.core import Lighthouse
 from seamarkd.lighthouse.nodes import AGENT_GRACE, BEAT_INTERVAL, NodeWatch, ProbeResult
 from seamarkd.lighthouse.replicas import ReplicaOptions
@@ -31,6 +34,10 @@ PROBE_TIMEOUT = 0.2
 PROBE_AGAIN = 0.05
 """Seconds after which another connection is tried beside: the kernel repeats a lost SYN only after a second."""
 LATENESS_KEPT = 10.0
+OPEN_AGAIN = 0.02
+"""Seconds between two attempts to listen at an address that a socket of this process is just giving up."""
+OPEN_AGAIN_PATIENCE = 250
+"""Attempts after which that is somebody else's doing, and said."""
 
 
 def topic(job: str) -> bytes:
@@ -52,6 +59,7 @@ class LighthouseShell:
         options: limits of replica groups.
         agent_grace: seconds an unreachable agent has to come back.
         beat_interval: seconds between two beats of a node.
+        gate: who may come in over TCP; None lets everybody in.
     """
 
     def __init__(
@@ -63,17 +71,22 @@ class LighthouseShell:
         options: ReplicaOptions | None = None,
         agent_grace: float = AGENT_GRACE,
         beat_interval: float = BEAT_INTERVAL,
+        gate: Gate | None = None,
     ) -> None:
         self.core = Lighthouse(epoch, time.monotonic(), options, NodeWatch(agent_grace, beat_interval))
+        self._context = context
+        self._gate = gate
         router = make_socket(context, zmq.ROUTER)
-        router.bind(check_address(address))
-        publisher = make_socket(context, zmq.PUB)
-        publisher.bind(check_address(events))
+        bind(router, address, gate.key if gate else None)
         self.address = router.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.events = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._requests = Channel(router, self._on_message)
-        self._events = Channel(publisher)
+        keyed = gate is not None and encrypted(address)
+        self._requests = Channel(router, self._on_message, self._refusal if keyed else None, signed=keyed)
+        self._events = self._publisher(events)
+        self.events = self._events.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        if gate is not None and encrypted(events):
+            gate.when_revoked(self._leave_subscribers)
         self._loop = asyncio.get_running_loop()
+        self._closed = False
         self._probes: set[asyncio.Task[None]] = set()
         self._since = time.monotonic()
         self._ticks = 0
@@ -84,11 +97,43 @@ class LighthouseShell:
 
     def close(self) -> None:
         """Stops serving; may be called twice."""
+        self._closed = True
         self._timer.cancel()
         for probe in self._probes:
             probe.cancel()
         self._requests.close()
         self._events.close()
+
+    def _publisher(self, address: str) -> Channel:
+        socket = make_socket(self._context, zmq.PUB)
+        try:
+            bind(socket, address, self._gate.key if self._gate else None)
+        except zmq.ZMQError:
+            socket.close()
+            raise
+        return Channel(socket)
+
+    def _leave_subscribers(self) -> None:
+        """All have to come in anew; who still may has lost nothing but a moment, for gaps are asked for."""
+        self._events.close()
+        self._publish_again(1)
+
+    def _publish_again(self, attempt: int) -> None:
+        if self._closed:
+            return
+        try:
+            self._events = self._publisher(self.events)
+        except zmq.ZMQError as error:
+            if attempt % OPEN_AGAIN_PATIENCE == 0:
+                log.error("can't publish events at %s, trying on: %s", self.events, error.strerror)
+            self._loop.call_later(OPEN_AGAIN, self._publish_again, attempt + 1)
+
+    def _refusal(self, user: str, message: Message) -> Refusal | None:
+        assert self._gate is not None
+        return self._gate.refusal(user, message, self.core.foreign)
+
+    def _at_the_gate(self) -> Counter[str]:
+        return self._gate.refused if self._gate else Counter()
 
     def _on_message(self, route: bytes, message: Message) -> None:
         if isinstance(message, StatusRequest):
@@ -97,7 +142,7 @@ class LighthouseShell:
                 software=software(),
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
-                dropped=dict(self._requests.dropped),
+                dropped=dict(self._requests.dropped + self._requests.refused + self._at_the_gate()),
                 lateness=max(self._lateness),
                 wall_clock=time.time(),
             )

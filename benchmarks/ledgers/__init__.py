@@ -1,0 +1,1 @@
+"""What the ledger's benchmark starts: agents without workers, and a peer's program."""
