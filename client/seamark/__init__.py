@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from seamark.preemption import preempted as preempted
     from seamark.runtime_config import RuntimeConfig as RuntimeConfig
     from seamark.sections import section as section
+    from seamark.shard_dataset import ShardBatch as ShardBatch
+    from seamark.shard_dataset import ShardDataset as ShardDataset
     from seamark.sharding import Shard as Shard
     from seamark.sharding import ShardError as ShardError
     from seamark.sharding import report_failure as report_failure
@@ -35,6 +37,8 @@ __all__ = [
     "RestartError",
     "RuntimeConfig",
     "Shard",
+    "ShardBatch",
+    "ShardDataset",
     "ShardError",
     "State",
     "Wrapper",
@@ -56,6 +60,8 @@ _HOMES = {
     "RestartError": "seamark.inprocess.exceptions",
     "RuntimeConfig": "seamark.runtime_config",
     "Shard": "seamark.sharding",
+    "ShardBatch": "seamark.shard_dataset",
+    "ShardDataset": "seamark.shard_dataset",
     "ShardError": "seamark.sharding",
     "State": "seamark.inprocess.state",
     "Wrapper": "seamark.inprocess.wrapper",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import sys
 import threading
@@ -22,8 +23,9 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import zmq
 
@@ -68,11 +70,21 @@ PREEMPTED = 143
 LAST_WORDS_MS = 500
 
 T = TypeVar("T", bound=Message)
-_requests = itertools.count(1)
 
 
 class ShardError(RuntimeError):
     """The coordinator refused; the sentence is its reason."""
+
+
+class HostLeaves(SystemExit, Exception):
+    """This host goes away, and no more shards are for it: ends the process with 143.
+
+    An ``Exception`` too, because a DataLoader brings nothing else from its workers to the trainer.
+    """
+
+    def __init__(self, why: str = "") -> None:
+        super().__init__(PREEMPTED)
+        self.why = why
 
 
 class Batch:
@@ -114,6 +126,7 @@ class Shard:
     def __init__(self, owner: Shards, spec: Dataset, lease: ShardLease) -> None:
         self._owner = owner
         self._spec = spec
+        self.lease = lease
         self._number = lease.shard
         self.epoch, self.index = divmod(lease.shard, spec.per_epoch)
         self.start = self.index * spec.shard_size
@@ -227,7 +240,7 @@ class Shard:
 class Shards:
     """The shards of a data set, as they are leased to this process; see ``shards``."""
 
-    def __init__(self, spec: Dataset, consumer: str = "0") -> None:
+    def __init__(self, spec: Dataset, consumer: str = "0", afresh: Literal["", "consumer", "process"] = "") -> None:
         who = WorkerEnvironment.read()
         if who.alone:
             raise ShardError(
@@ -236,10 +249,12 @@ class Shards:
         self.spec = spec
         self._line = Line(who, f"{who.incarnation}#{spec.name}/{consumer}", spec.name)
         self._following: ShardLease | None = None
-        self._finished = False
+        self.finished = False
+        """Every shard is terminal."""
+        self._latest = 0
         self.current: Shard | None = None
         """The shard that was given out last."""
-        self._line.ask(OpenShards, spec=spec)
+        self._line.ask(OpenShards, spec=spec, afresh=afresh)
         _open.append(self)
 
     def __iter__(self) -> Iterator[Shard]:
@@ -248,7 +263,7 @@ class Shards:
     def __next__(self) -> Shard:
         lease, self._following = self._following, None
         if lease is None:
-            if self._finished:
+            if self.finished:
                 raise StopIteration
             answer = self._line.ask(LeaseShard)
             if answer.kind == "drain":
@@ -256,10 +271,33 @@ class Shards:
                 raise SystemExit(PREEMPTED)
             lease = answer.lease
         if lease is None:
-            self._finished = True
+            self.finished = True
             raise StopIteration
         self.current = Shard(self, self.spec, lease)
         return self.current
+
+    def ahead(self, patience: float) -> Shard | None:
+        """The next shard, besides those that this consumer holds.
+
+        Args:
+            patience: seconds to wait for one.
+
+        Returns:
+            None if there is none yet; called again it goes on waiting, unless all are ``finished``.
+
+        Raises:
+            HostLeaves: this host goes away.
+        """
+        answer = self._line.lease(self._latest, patience)
+        if answer is None:
+            return None
+        if answer.kind == "drain":
+            raise HostLeaves(answer.reason)
+        if answer.lease is None:
+            self.finished = True
+            return None
+        self._latest = answer.lease.lease_id
+        return Shard(self, self.spec, answer.lease)
 
     def complete(self, shard: Shard, digest: str) -> bool:
         """What ``Shard.complete`` does; the answer brings the next shard."""
@@ -267,7 +305,7 @@ class Shards:
             CompleteShard, shard=shard.number, lease_id=shard.lease_id, digest=digest, more=shard is self.current
         )
         self._following = answer.lease
-        self._finished = self._finished or answer.kind == "done"
+        self.finished = self.finished or answer.kind == "done"
         return self._taken(shard, answer)
 
     def report(self, shard: Shard, message: type[Message], /, **fields: Any) -> bool:
@@ -290,9 +328,21 @@ class Shards:
             yield from (entry for entry in page.entries if entry.state == "DONE")
             first = page.following
 
-    def tell(self, kind: str, batch: int, text: str) -> None:
+    @property
+    def in_hand(self) -> Shard | None:
+        """The shard that this process works on."""
+        return self.current if self.current is not None and self.current.open else None
+
+    def tell(self, kind: str, batch: int | None, text: str) -> None:
         """Says what this process knows of its failure, without waiting for anything."""
-        self._line.tell_failure(kind, batch, text)
+        shard = self.in_hand
+        if batch is None and shard is not None:
+            batch = shard.current
+        self._line.tell_failure(kind, -1 if batch is None else batch, text, shard.lease_id if shard else 0)
+
+    def give_all_back(self) -> None:
+        """Gives back whatever any consumer in this process has leased of the data set."""
+        self._line.ask(OpenShards, spec=self.spec, afresh="process")
 
     def abandon(self, linger_ms: int = 0) -> None:
         """Ends the connection; the lease is this process's still, and whoever asks next in it has it again."""
@@ -342,6 +392,30 @@ def shards(name: str, *, size: int, shard_size: int, shuffle_seed: int | None = 
         MissingEnvironmentError: the script was not started by ``seamark run``.
         ValueError: a number that can't be.
     """
+    spec = described(name, size=size, shard_size=shard_size, shuffle_seed=shuffle_seed, epochs=epochs)
+    abandon(name)
+    watch_exceptions()
+    return Shards(spec)
+
+
+def abandon(name: str) -> bool:
+    """Ends what is open of a data set: the function was entered again, and what was leased is its next iterator's.
+
+    Returns:
+        False if nothing was open.
+    """
+    before = [one for one in _open if one.spec.name == name]
+    for one in before:
+        one.abandon()
+    return bool(before)
+
+
+def described(name: str, *, size: int, shard_size: int, shuffle_seed: int | None, epochs: int) -> Dataset:
+    """The data set that these arguments of ``shards`` describe.
+
+    Raises:
+        ValueError: a name or a number that can't be.
+    """
     if not 0 < len(name) <= MAX_NAME:
         raise ValueError(f"the name of a data set has 1 to {MAX_NAME} characters, this one {len(name)}")
     for what, value, least in (("size", size, 0), ("shard_size", shard_size, 1), ("epochs", epochs, 1)):
@@ -349,15 +423,26 @@ def shards(name: str, *, size: int, shard_size: int, shuffle_seed: int | None = 
             raise ValueError(f"{what} must be a whole number of {least} or more, not {value!r}")
     if shuffle_seed is not None and (not isinstance(shuffle_seed, int) or not 0 <= shuffle_seed < 1 << 63):
         raise ValueError(f"shuffle_seed must be None or a whole number of 0 or more, not {shuffle_seed!r}")
-    for before in [one for one in _open if one.spec.name == name]:
-        # The function was entered again: its lease is this one's now.
-        before.abandon()
-    _watch_exceptions()
-    return Shards(Dataset(name, size, shard_size, -1 if shuffle_seed is None else shuffle_seed, epochs))
+    return Dataset(name, size, shard_size, -1 if shuffle_seed is None else shuffle_seed, epochs)
+
+
+@dataclass
+class _Asked:
+    """A request on its way."""
+
+    message: Message
+    request: int
+    began: float
+    told: float
+    repeat_at: float = 0.0
+    reason: str = "no answer from the coordinator yet"
 
 
 class Line:
     """A consumer's connection to its agent: a request, repeated until it is answered.
+
+    Requests are numbered by the microseconds of the host's clock: whoever has this name next in the process, in a
+    forked child too, goes on above.
 
     Args:
         who: this worker.
@@ -371,6 +456,8 @@ class Line:
         self._dataset = dataset
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._requests = itertools.count(time.monotonic_ns() // 1_000)
+        self._lease: _Asked | None = None
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = make_socket(self._context, zmq.DEALER, identity=consumer.encode())
         self._socket.connect(check_address(who.address))
@@ -382,56 +469,70 @@ class Line:
             ShardError: the coordinator refuses.
         """
         with self._lock:
-            request = next(_requests)
-            asked = message(
-                request=request,
-                job=self._who.job,
-                member=self._who.member,
-                consumer=self._consumer,
-                dataset=self._dataset,
-                **fields,
-            )
-            answer = self._exchange(asked, request, ShardAnswer)
-        if answer.kind == "refused":
-            raise ShardError(answer.reason)
-        return answer
+            answer = self._exchange(self._asked(message, **fields), ShardAnswer)
+        assert answer is not None
+        return _granted(answer)
+
+    def lease(self, after: int, patience: float) -> ShardAnswer | None:
+        """Asks for a shard besides those up to the lease ``after``; None if there is none within so many seconds.
+
+        The request stays: the next call waits for its answer.
+
+        Raises:
+            ShardError: the coordinator refuses.
+        """
+        with self._lock:
+            if self._lease is None:
+                self._lease = self._asked(LeaseShard, after=after)
+            answer = self._exchange(self._lease, ShardAnswer, patience)
+            if answer is None:
+                return None
+            self._lease = None
+        return _granted(answer)
+
+    def _asked(self, message: type[Message], /, **fields: Any) -> _Asked:
+        request, now, who = next(self._requests), time.monotonic(), self._who
+        about = {"job": who.job, "member": who.member, "consumer": self._consumer, "dataset": self._dataset}
+        return _Asked(message(request=request, **about, **fields), request, now, now)
 
     def page(self, first: int) -> ShardsPage:
         """Shards of the data set, from this one on."""
         with self._lock:
-            request = next(_requests)
+            request, now = next(self._requests), time.monotonic()
             message = ShardsRequest(request, self._who.job, self._dataset, first, consumer=self._consumer)
-            return self._exchange(message, request, ShardsPage)
+            page = self._exchange(_Asked(message, request, now, now), ShardsPage)
+        assert page is not None
+        return page
 
-    def tell_failure(self, kind: str, batch: int, text: str) -> None:
+    def tell_failure(self, kind: str, batch: int, text: str, lease_id: int) -> None:
         """Sends what this process knows of its failure; not answered."""
+        who = self._who
         if os.getpid() == self._pid:
-            self._send(ReportFailure(self._who.job, self._who.member, self._who.incarnation, kind, batch, text))
+            self._send(ReportFailure(who.job, who.member, who.incarnation, kind, batch, text, lease_id))
 
-    def _exchange(self, message: Message, request: int, kind: type[T]) -> T:
+    def _exchange(self, asked: _Asked, kind: type[T], patience: float = math.inf) -> T | None:
         if os.getpid() != self._pid:
             raise ShardError("this process was forked after it opened its shards: open them in the child, too")
-        began = told = time.monotonic()
-        repeat_at, reason = 0.0, "no answer from the coordinator yet"
-        while True:
-            now = time.monotonic()
-            if now >= repeat_at:
-                self._send(message)
-                repeat_at = now + REPEAT_INTERVAL
-            if now - told > QUIET:
-                told = now
-                log.warning("data set %s: waits for %.0f s: %s", self._dataset, now - began, reason)
-            self._socket.poll(max(1, int((repeat_at - now) * 1_000)))
+        until = time.monotonic() + patience
+        while (now := time.monotonic()) < until:
+            if now >= asked.repeat_at:
+                self._send(asked.message)
+                asked.repeat_at = now + REPEAT_INTERVAL
+            if now - asked.told > QUIET:
+                asked.told = now
+                log.warning("data set %s: waits for %.0f s: %s", self._dataset, now - asked.began, asked.reason)
+            self._socket.poll(max(1, int((min(asked.repeat_at, until) - now) * 1_000)))
             answer = self._receive()
             if isinstance(answer, Refused):
                 raise ShardError(answer.reason)
-            if not isinstance(answer, kind) or getattr(answer, "request", None) != request:
+            if not isinstance(answer, kind) or getattr(answer, "request", None) != asked.request:
                 continue
             if isinstance(answer, ShardAnswer) and answer.kind == "wait":
-                reason = answer.reason
-                repeat_at = time.monotonic() + WAIT_INTERVAL
+                asked.reason = answer.reason
+                asked.repeat_at = time.monotonic() + WAIT_INTERVAL
                 continue
             return answer
+        return None
 
     def _send(self, message: Message) -> None:
         try:
@@ -456,6 +557,12 @@ class Line:
             self._context.term()
 
 
+def _granted(answer: ShardAnswer) -> ShardAnswer:
+    if answer.kind == "refused":
+        raise ShardError(answer.reason)
+    return answer
+
+
 def report_failure(kind: str, batch: int | None = None, text: str = "") -> None:
     """Says what this process knows of the failure that is about to end it, or its iteration.
 
@@ -476,14 +583,14 @@ def report_failure(kind: str, batch: int | None = None, text: str = "") -> None:
     if not _open:
         raise ShardError("report_failure() speaks of a shard's failure, and this process has opened none")
     for one in _open:
-        one.tell(kind, -1 if batch is None else batch, text[:TEXT_LIMIT])
+        one.tell(kind, batch, text[:TEXT_LIMIT])
 
 
 def report_exception(error: BaseException) -> None:
     """Reports an exception that ends this process, or its iteration, if it has opened shards."""
-    for one in _open:
-        batch = one.current.current if one.current is not None and one.current.open else None
-        one.tell(_kind(error), -1 if batch is None else batch, _text(error))
+    # The last word counts: that of a data set of which a shard is being worked on.
+    for one in sorted(_open, key=lambda shards: shards.in_hand is not None):
+        one.tell(_kind(error), None, _text(error))
 
 
 def _kind(error: BaseException | str) -> str:
@@ -496,7 +603,8 @@ def _text(error: BaseException | str) -> str:
     return "".join(traceback.format_exception(error))[-TEXT_LIMIT:]
 
 
-def _watch_exceptions() -> None:
+def watch_exceptions() -> None:
+    """Has the exception that ends this process reported."""
     global _watching
     if _watching:
         return

@@ -132,6 +132,10 @@ class Run:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in logs)
 
     def incidents(self) -> list[dict[str, Any]]:
+        return self.why()["incidents"]
+
+    def why(self) -> dict[str, list[dict[str, Any]]]:
+        """Incidents, and decisions about shards."""
         done = subprocess.run(
             [sys.executable, "-m", "seamarkd.cli", "why", self.name, "--json"],
             env=self.env,
@@ -139,7 +143,7 @@ class Run:
             text=True,
             check=True,
         )
-        return list(json.loads(done.stdout)["incidents"])
+        return dict(json.loads(done.stdout))
 
     def digests(self) -> set[str]:
         return {report["sha256"] for rank in range(4) for report in self.reports(rank) if report["event"] == "done"}

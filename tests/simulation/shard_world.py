@@ -40,12 +40,15 @@ class Worker(Struct):
     member: str
     consumer: str
     node: str
+    depth: int = 1
+    """Shards that it has in hand at most."""
     alive: bool = True
     cut: bool = False
     """Nobody hears it, and it does not know."""
     request: int = 0
     asked: ShardRequest | None = None
-    lease: ShardLease | None = None
+    leases: list[ShardLease] = []
+    """In hand; it works on the first, the others were read ahead."""
     finished: bool = False
     epoch: int = 0
 
@@ -115,6 +118,7 @@ class World:
         """By shard: the lease whose completion was acknowledged."""
         self.quiet = False
         self.zombies_refused = 0
+        self.deepest = 0
         self.start()
         for rank in range(self.rng.randrange(1, 5)):
             self.spawn(f"job/{rank}")
@@ -238,7 +242,7 @@ class World:
         """A process in this place."""
         incarnation = f"i{self.rng.randrange(1 << 40):x}"
         node = f"n{self.rng.randrange(3)}"
-        worker = Worker(member, f"{incarnation}#{NAME}/0", node)
+        worker = Worker(member, f"{incarnation}#{NAME}/0", node, self.rng.choice([1, 1, 3]))
         self.workers.append(worker)
         self.later(self.rng.uniform(0, 1), lambda: self.introduce(worker, self.epoch))
         self.ask(worker, OpenShards, spec=self.spec)
@@ -264,6 +268,10 @@ class World:
         if not worker.alive or worker.cut or worker.asked is None or answer.request != worker.request:
             return
         if answer.kind == "wait":
+            if worker.leases:
+                # Nothing more to read ahead: it goes on with what it has.
+                worker.asked = None
+                self.work(worker)
             return
         asked, worker.asked = worker.asked, None
         assert answer.kind != "refused", answer
@@ -273,28 +281,41 @@ class World:
             else:
                 before = self.accepted.setdefault(asked.shard, asked.lease_id)
                 assert before == asked.lease_id, f"shard {asked.shard} was taken twice: {before}, {asked.lease_id}"
+        if not isinstance(asked, OpenShards | LeaseShard | CheckpointShard):
+            worker.leases = worker.leases[1:]
         if answer.lease is not None:
             self.leased(worker, answer.lease)
         elif answer.kind == "done" and not isinstance(asked, OpenShards):
             worker.finished = True
+        elif worker.leases:
+            self.work(worker)
         else:
-            worker.lease = None
             self.ask(worker, LeaseShard)
 
     def leased(self, worker: Worker, lease: ShardLease) -> None:
-        """Works on it for a while."""
-        worker.lease = lease
-        stalls = not self.quiet and self.rng.random() < 0.05
+        """Has one more in hand."""
+        assert lease.lease_id not in [one.lease_id for one in worker.leases]
+        worker.leases = [*worker.leases, lease]
+        self.deepest = max(self.deepest, len(worker.leases))
+        self.work(worker)
+
+    def work(self, worker: Worker) -> None:
+        """Works on the first for a while."""
+        lease = worker.leases[0]
+        stalls = not self.quiet and self.rng.random() < 0.1
         self.later(self.rng.uniform(0, 2) if not stalls else self.rng.uniform(10, 40), lambda: self.act(worker, lease))
 
     def act(self, worker: Worker, lease: ShardLease) -> None:
         """Has done something with it."""
-        if not worker.alive or worker.lease is not lease or worker.asked is not None:
+        if not worker.alive or lease not in worker.leases[:1] or worker.asked is not None:
+            return
+        if len(worker.leases) < worker.depth and self.rng.random() < 0.5:
+            self.ask(worker, LeaseShard, after=worker.leases[-1].lease_id)
             return
         chance = self.rng.random()
         about = {"shard": lease.shard, "lease_id": lease.lease_id}
         if self.quiet or chance < 0.6:
-            self.ask(worker, CompleteShard, more=self.rng.random() < 0.5, **about)
+            self.ask(worker, CompleteShard, more=len(worker.leases) == 1 and self.rng.random() < 0.5, **about)
         elif chance < 0.8:
             self.ask(worker, CheckpointShard, progress=self.rng.randrange(4), **about)
         elif chance < 0.9:
@@ -366,6 +387,8 @@ class World:
         ledger = self.ledger()
         assert sum(ledger.count(state) for state in State) == self.spec.total
         assert ledger.count(State.LEASED) == len(list(ledger.leases()))
+        held = [lease.shard for worker in self.workers for lease in ledger.held_by(worker.consumer)]
+        assert sorted(held) == sorted(lease.shard for lease in ledger.leases())
         for shard, lease_id in self.accepted.items():
             assert ledger.state(shard) == State.DONE, (
                 f"shard {shard} was acknowledged and is {ledger.state(shard).name}"

@@ -136,6 +136,10 @@ def test_a_report_of_no_kind_counts_as_none() -> None:
             Evidence(status=1, reported_text="KeyError: 'x'"),
             "it exited with code 1, and nothing it said tells more: KeyError: 'x'",
         ),
+        (
+            Evidence(reported="oom", reported_text="Traceback (most recent call last):\n  File x\nMemoryError: 8 GB\n"),
+            "the worker reported oom: MemoryError: 8 GB",
+        ),
         (Evidence(status=7), "it exited with code 7, and nothing tells why"),
     ],
 )

@@ -18,7 +18,7 @@ import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -293,9 +293,13 @@ class _Restarter:
                     break
             except RestartInterrupt as interrupt:
                 self._after_fault(quorum.iteration, interrupt)
+            except SystemExit:
+                # One of them is an Exception as well (seamark.sharding.HostLeaves), and no fault.
+                raise
             except Exception as error:
                 if not self._interrupter.aborted(quorum.iteration):
                     at = time.monotonic()
+                    _report_shards_failure(error)
                     self._session.faulted(quorum.iteration, describe(error), at)
                     self._fn_exception = error
                 self._after_fault(quorum.iteration, error)
@@ -487,6 +491,14 @@ def _check_no_group() -> None:
             "a process group is initialised already, and a restart could not make it anew: "
             "call init_process_group() inside the wrapped function"
         )
+
+
+def _report_shards_failure(error: Exception) -> None:
+    """Tells the coordinator what ended this iteration, if shards are open: it decides about them by it."""
+    sharding = sys.modules.get("seamark.sharding")
+    if sharding is not None:
+        with suppress(Exception):
+            sharding.report_exception(error)
 
 
 class _Parameter(NamedTuple):

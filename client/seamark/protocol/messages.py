@@ -968,20 +968,29 @@ class ShardRequest(Message, frozen=True):
 
 
 class OpenShards(ShardRequest, frozen=True):
-    """What this consumer will ask of; the first of a job makes the data set, and all must describe it alike."""
+    """What this consumer will ask of; the first of a job makes the data set, and all must describe it alike.
+
+    ``afresh``: whose leases of it are given back first, because who had them in hand is no more: this consumer's, or
+    those of all consumers in its process.
+    """
 
     type_id = 80
     direction = "worker -> agent -> coordinator"
     answer = "ShardAnswer"
     spec: Dataset
+    afresh: Literal["", "consumer", "process"] = ""
 
 
 class LeaseShard(ShardRequest, frozen=True):
-    """The next shard, please; who holds one already gets it again."""
+    """The next shard, please; who holds one already gets it again.
+
+    Who reads ahead names its latest lease, ``after``, and gets another besides those that it holds.
+    """
 
     type_id = 81
     direction = "worker -> agent -> coordinator"
     answer = "ShardAnswer"
+    after: Count = 0
 
 
 class CompleteShard(ShardRequest, frozen=True):
@@ -1031,7 +1040,10 @@ class ReleaseShard(ShardRequest, frozen=True):
 
 
 class ReportFailure(Message, frozen=True):
-    """What a worker knows of its own failure, which is about to end it or its iteration."""
+    """What a worker knows of its own failure, which is about to end it or its iteration.
+
+    ``lease_id``: of what it was working on; what else it holds was read ahead, and has not failed. 0: it doesn't say.
+    """
 
     type_id = 86
     direction = "worker -> agent -> coordinator"
@@ -1041,6 +1053,7 @@ class ReportFailure(Message, frozen=True):
     kind: Short
     batch: Annotated[int, Meta(ge=-1, le=2**53)] = -1
     text: Text = ""
+    lease_id: Count = 0
 
 
 class ShardAnswer(Message, frozen=True):

@@ -261,7 +261,9 @@ def _end(status: int | None) -> str:
 
 
 def _quoted(evidence: Evidence) -> str:
-    said = _line(evidence.reported_text)
+    text = evidence.reported_text.strip()
+    # Of a traceback the last line says what was raised.
+    said = _line(text.rpartition("\n")[2] if text.startswith("Traceback (") else text)
     return f": {said}" if said else ""
 
 

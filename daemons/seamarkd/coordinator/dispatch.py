@@ -120,7 +120,7 @@ class Dispatch:
             completed=report.completed,
             text=report.hang or "\n".join(report.log_tail),
         )
-        if report.ordered:
+        if report.ordered or report.discarded:
             return self.lost(now, job, [report.incarnation], None)
         return self.lost(now, job, [report.incarnation], evidence)
 

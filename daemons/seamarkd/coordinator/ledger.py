@@ -3,9 +3,10 @@
     PENDING -> LEASED -> DONE | QUARANTINED | FAILED         LEASED -> PENDING: given back, or failed and tried again
 
 A shard never leaves the books: PENDING + LEASED + the terminal ones are all of them at any time, and what is terminal
-stays so. A lease is one worker process's, its id is never used again, and only under the living lease something is
-taken: who lost it is told so. Pure book-keeping: what a failure means is ``retry.py``'s, whom to tell ``shards.py``'s,
-and neither a clock nor a disk is known here.
+stays so. A lease is one worker process's, its id is never used again and rises, and only under the living lease
+something is taken: who lost it is told so. A consumer that reads ahead holds several: it works on the oldest. Pure
+book-keeping: what a failure means is ``retry.py``'s, whom to tell ``shards.py``'s, and neither a clock nor a disk is
+known here.
 
 The states are a byte and a number per shard, and accounts exist only of those that did not go smoothly: a data set has
 a million shards, and a coordinator many data sets.
@@ -23,6 +24,9 @@ from msgspec import Struct
 
 from seamark.protocol.messages import Dataset, DatasetStatus
 from seamarkd.coordinator.retry import Budgets
+
+MAX_HELD = 64
+"""Leases that one consumer may hold: what a DataLoader's worker can have read that nobody has trained on yet."""
 
 
 class State(IntEnum):
@@ -111,7 +115,8 @@ class Ledger:
         self._later: list[tuple[float, int]] = []
         self._accounts: dict[int, Account] = {}
         self._leases: dict[int, Lease] = {}
-        self._held: dict[str, int] = {}
+        self._held: dict[str, list[int]] = {}
+        """By consumer: the shards that it holds, the oldest lease first."""
         self._changed: dict[int, tuple[Holder, str]] = {}
         """Shards to be written down, each with who has or had it, and the digest of its result."""
 
@@ -147,6 +152,14 @@ class Ledger:
         """All living leases."""
         return self._leases.values()
 
+    def held_by(self, consumer: str) -> list[Lease]:
+        """The living leases of a consumer, the oldest first."""
+        return [self._leases[shard] for shard in self._held.get(consumer, ())]
+
+    def ahead(self, lease: Lease) -> bool:
+        """Whether this living lease is of a shard that was read ahead: its holder works on an older one."""
+        return self._held[lease.holder.consumer][0] != lease.shard
+
     def live(self, incarnation: str, shard: int, lease_id: int) -> Lease | None:
         """The lease that this process means, if it lives and is its own."""
         lease = self._leases.get(shard)
@@ -180,23 +193,29 @@ class Ledger:
 
     # --- leases --------------------------------------------------------------------------------------------
 
-    def lease(self, now: float, holder: Holder, lease_id: int, nodes: Callable[[], frozenset[str]]) -> Lease | None:
+    def lease(
+        self, now: float, holder: Holder, lease_id: int, nodes: Callable[[], frozenset[str]], after: int = 0
+    ) -> Lease | None:
         """The shard that this consumer holds already, or the first that is ready for it; None if none is.
+
+        Nor is one for a consumer that holds ``MAX_HELD``.
 
         Args:
             now: seconds.
             holder: who asks.
             lease_id: of a new lease: never used before.
             nodes: where workers of the job are: an exclusion that leaves nobody is none.
+            after: the latest lease that the consumer knows; of those that it holds only a later one is given again.
         """
-        held = self._held.get(holder.consumer)
-        if held is not None:
-            return self._leases[held]
+        held = self.held_by(holder.consumer)
+        unknown = next((lease for lease in held if lease.lease_id > after), None)
+        if unknown is not None or len(held) >= MAX_HELD:
+            return unknown
         shard = self._take(now, holder, nodes)
         if shard is None:
             return None
         lease = self._leases[shard] = Lease(shard, lease_id, holder, now)
-        self._held[holder.consumer] = shard
+        self._held.setdefault(holder.consumer, []).append(shard)
         self._lease_ids[shard] = lease_id
         account = self._accounts.get(shard)
         if account is not None:
@@ -279,7 +298,10 @@ class Ledger:
 
     def _end(self, lease: Lease) -> None:
         del self._leases[lease.shard]
-        del self._held[lease.holder.consumer]
+        held = self._held[lease.holder.consumer]
+        held.remove(lease.shard)
+        if not held:
+            del self._held[lease.holder.consumer]
 
     def _set(self, lease: Lease, state: State, digest: str = "") -> None:
         shard = lease.shard
@@ -330,8 +352,10 @@ class Ledger:
             if row.state == State.LEASED:
                 holder = Holder(row.consumer, row.member, row.node)
                 self._leases[row.shard] = Lease(row.shard, row.lease_id, holder, now)
-                self._held[row.consumer] = row.shard
+                self._held.setdefault(row.consumer, []).append(row.shard)
             elif row.state == State.PENDING:
                 self._later.append((min(self.account(row.shard).not_before, now + longest), row.shard))
         heapq.heapify(self._later)
+        for held in self._held.values():
+            held.sort(key=self._lease_ids.__getitem__)
         self._counts = [self._states.count(state) for state in State]

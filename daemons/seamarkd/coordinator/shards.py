@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
+from seamark.failure_kinds import is_kind
 from seamark.protocol.messages import (
     CheckpointShard,
     CompleteShard,
@@ -33,7 +34,7 @@ from seamark.protocol.messages import (
 )
 from seamark.runtime_config import RuntimeConfig
 from seamarkd.coordinator.classification import DEFAULT_PATTERNS, Evidence, Pattern, classify
-from seamarkd.coordinator.ledger import Account, Holder, Lease, Ledger, Row, State
+from seamarkd.coordinator.ledger import MAX_HELD, Account, Holder, Lease, Ledger, Row, State
 from seamarkd.coordinator.retry import Decision, Failure, GiveUp, Quarantine, Retry, decide
 
 MAX_SHARDS = 20_000_000
@@ -61,6 +62,8 @@ class Waiter(Struct):
     request: int
     dataset: str
     holder: Holder
+    after: int
+    """The latest lease that it knows."""
 
 
 class Reply(Struct, frozen=True):
@@ -210,7 +213,7 @@ class JobShards:
         if waiter is not None and request.request < waiter.request:
             return []
         if isinstance(request, OpenShards):
-            return [Answer(node, self._open(request))]
+            return self._open(now, request, node, nodes)
         ledger = self._ledgers.get(request.dataset)
         if ledger is None:
             return [self._refused(request, node, f"this job has no data set {request.dataset}: open it first")]
@@ -229,16 +232,34 @@ class JobShards:
                 return self._release(now, ledger, request, node, nodes)
         return [self._refused(request, node, f"{type(request).__name__} is no request of a consumer")]
 
-    def _open(self, request: OpenShards) -> ShardAnswer:
+    def _open(self, now: float, request: OpenShards, node: str, nodes: Nodes) -> list[Answer]:
         spec = request.spec
         ledger = self._ledgers.get(spec.name)
         refusal = _refusal(spec, request.dataset, ledger.spec if ledger else None, len(self._ledgers))
         if refusal:
-            return ShardAnswer(request.request, request.job, request.consumer, "refused", reason=refusal)
+            return [self._refused(request, node, refusal)]
         if ledger is None:
             ledger = self._ledgers[spec.name] = self._ledger(self._numbers(), spec)
             self._record.datasets[ledger.number] = spec
-        return ShardAnswer(request.request, request.job, request.consumer, "opened")
+        opened = self._answer(request, "opened")
+        if not request.afresh:
+            return [Answer(node, opened)]
+        self._give_back(now, ledger, request)
+        # Kept: the same request once more would give back what was leased since.
+        return [self._keep(node, opened), *self._serve(now, ledger, nodes)]
+
+    def _give_back(self, now: float, ledger: Ledger, request: OpenShards) -> None:
+        """What was read ahead by who is no more."""
+        if request.afresh == "consumer":
+            held, waiting = ledger.held_by(request.consumer), [request.consumer]
+        else:
+            held = [lease for lease in ledger.leases() if lease.holder.incarnation == request.incarnation]
+            waiting = [one for one in self._waiting if one.partition("#")[0] == request.incarnation]
+        for lease in held:
+            ledger.again(lease, now)
+        for consumer in waiting:
+            if consumer in self._waiting and self._waiting[consumer].dataset == ledger.spec.name:
+                del self._waiting[consumer]
 
     def _ledger(self, number: int, spec: Dataset) -> Ledger:
         return Ledger(number, spec, sticky=not self._config.elastic_redistribution)
@@ -248,13 +269,13 @@ class JobShards:
     ) -> list[Answer]:
         if hold == "drain":
             return [Answer(holder.node, self._answer(request, "drain", reason="this host goes away"))]
-        lease = None if hold else ledger.lease(now, holder, self._numbers(), nodes)
+        lease = None if hold else ledger.lease(now, holder, self._numbers(), nodes, request.after)
         if lease is not None:
             return [self._keep(holder.node, self._answer(request, "leased", _lease_message(ledger, lease)))]
         if ledger.finished:
             return [Answer(holder.node, self._answer(request, "done"))]
-        self._waiting[request.consumer] = Waiter(request.request, request.dataset, holder)
-        return [Answer(holder.node, self._answer(request, "wait", reason=hold or _why_wait(ledger, now)))]
+        self._waiting[request.consumer] = Waiter(request.request, request.dataset, holder, request.after)
+        return [Answer(holder.node, self._answer(request, "wait", reason=hold or _why_wait(ledger, holder, now)))]
 
     def _complete(
         self, now: float, ledger: Ledger, request: CompleteShard, holder: Holder, nodes: Nodes, hold: str
@@ -276,6 +297,9 @@ class JobShards:
             answers.append(self._keep(holder.node, self._answer(request, kind)))
         if ledger.finished:
             answers += self._tell_done(ledger)
+        elif lease is not None and lease.holder.consumer in self._waiting:
+            # It may have held as many as it may.
+            answers += self._serve(now, ledger, nodes)
         return answers
 
     def _checkpoint(self, ledger: Ledger, request: CheckpointShard, node: str) -> list[Answer]:
@@ -332,6 +356,9 @@ class JobShards:
         """Whose back-off is over, whose time has run out, and who can have what they wait for."""
         answers: list[Answer] = []
         for ledger in self._ledgers.values():
+            for lease in filter(ledger.ahead, ledger.leases()):
+                # Nobody works on it yet.
+                lease.granted_at = now
             late = [lease for lease in ledger.leases() if now - lease.granted_at > self._config.attempt_timeout]
             for lease in late:
                 text = f"its attempt took longer than {self._config.attempt_timeout:g} s"
@@ -350,7 +377,7 @@ class JobShards:
         mine = [waiter for waiter in self._waiting.values() if waiter.dataset == ledger.spec.name]
         answers: list[Answer] = []
         for waiter in sorted(mine, key=lambda one: _rank(one.holder.member)):
-            lease = ledger.lease(now, waiter.holder, self._numbers(), nodes)
+            lease = ledger.lease(now, waiter.holder, self._numbers(), nodes, waiter.after)
             if lease is not None:
                 del self._waiting[waiter.holder.consumer]
                 message = _lease_message(ledger, lease)
@@ -377,7 +404,10 @@ class JobShards:
 
     def reported(self, report: ReportFailure) -> None:
         """A worker says what it knows of its failure, before that ends it or its iteration."""
-        self._reports[report.incarnation] = report
+        known = self._reports.get(report.incarnation)
+        if known is None or is_kind(report.kind) or not is_kind(known.kind):
+            # What the script itself knows is not forgotten over an exception that says nothing.
+            self._reports[report.incarnation] = report
 
     def failed(self, now: float, incarnation: str, evidence: Evidence, nodes: Nodes) -> list[Answer]:
         """A worker failed and lives: what it was doing is decided on, and it may ask again."""
@@ -400,9 +430,13 @@ class JobShards:
     def _give_up(self, now: float, gone: set[str], evidence: Evidence | None, nodes: Nodes) -> list[Answer]:
         answers: list[Answer] = []
         for ledger in self._ledgers.values():
-            had = [lease for lease in ledger.leases() if lease.holder.incarnation in gone]
-            for lease in had:
-                if evidence is None:
+            had = [
+                (lease, self._read_ahead(ledger, lease))
+                for lease in ledger.leases()
+                if lease.holder.incarnation in gone
+            ]
+            for lease, ahead in had:
+                if evidence is None or ahead:
                     ledger.again(lease, now)
                 else:
                     self._decide(now, ledger, lease, self._with_report(lease, evidence))
@@ -411,6 +445,11 @@ class JobShards:
         for incarnation in gone:
             self._reports.pop(incarnation, None)
         return answers
+
+    def _read_ahead(self, ledger: Ledger, lease: Lease) -> bool:
+        """Whether nobody worked on it when its holder failed."""
+        report = self._reports.get(lease.holder.incarnation)
+        return lease.lease_id != report.lease_id if report and report.lease_id else ledger.ahead(lease)
 
     def _with_report(self, lease: Lease, evidence: Evidence) -> Evidence:
         status = evidence.status
@@ -551,7 +590,9 @@ def _describe(spec: Dataset) -> str:
     return f"size {spec.size}, shard_size {spec.shard_size}, epochs {spec.epochs}{shuffled}"
 
 
-def _why_wait(ledger: Ledger, now: float) -> str:
+def _why_wait(ledger: Ledger, holder: Holder, now: float) -> str:
+    if len(ledger.held_by(holder.consumer)) >= MAX_HELD:
+        return f"{MAX_HELD} shards that this consumer has leased are not done, and no more are given: complete some"
     leased, waiting = ledger.count(State.LEASED), ledger.count(State.PENDING)
     due = ledger.due()
     text = f"all shards are taken: {leased} in flight, {waiting} to be done again"

@@ -27,3 +27,4 @@ def test_zombies_were_there_and_were_refused() -> None:
         world.run()
     assert sum(world.zombies_refused for world in worlds) > 0
     assert sum(world.epoch for world in worlds) > len(worlds)
+    assert max(world.deepest for world in worlds) == 3
