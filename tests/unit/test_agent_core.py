@@ -674,6 +674,19 @@ def test_a_node_that_drains_asks_its_workers_and_gives_none_of_them_a_successor(
     assert not bench.agent.busy
 
 
+def test_a_node_that_leaves_knows_whether_it_owes_an_answer_to_an_order_to_stop() -> None:
+    bench = Bench()
+    bench.agent.drain("spot")
+    assert not bench.agent.stopping
+    bench.exit(143)
+    bench.exit(143, "i1")
+    assert bench.agent.stopping, "keeper and store end"
+    bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 1.0, final=False))
+    (told,) = to_coordinator(bench.agent.stopped(NOW, "job"), WorkersStopped)
+    assert told.request == 9, "the order came while they did"
+    assert not bench.agent.stopping
+
+
 def test_a_node_that_drains_ends_nobody_twice_who_ends_already() -> None:
     bench = Bench()
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))

@@ -338,6 +338,11 @@ class Agent:
         return any(job.workers for job in self.jobs.values())
 
     @property
+    def stopping(self) -> bool:
+        """Whether workers of it are being stopped as ordered, and nobody has been told yet that they are."""
+        return any(job.stopping is not None for job in self.jobs.values())
+
+    @property
     def unheard(self) -> bool:
         """Whether nobody has acknowledged some report."""
         return bool(self._reports)

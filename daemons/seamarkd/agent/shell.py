@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 ENDING_INTERVAL = 0.01
 LAST_WORDS = 2.0
-"""Seconds an agent that ends waits for the others to have heard of its workers' ends."""
+"""Seconds an agent that ends waits for the others to have heard that its workers have ended, as they were told."""
 PROGRESS_INTERVAL = 0.5
 HANG_INTERVAL = 0.25
 STORE_SLOT = "store"
@@ -210,13 +210,20 @@ class AgentShell:
 
     async def leave(self, why: str) -> None:
         """This host goes away: its workers are asked to end, and as soon as they have, it serves no longer."""
+        had_jobs = bool(self.core.jobs)
         self._perform(self.core.drain(why))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_until(lambda: not self.core.busy), PREEMPTION_GRACE)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_until(lambda: not self.core.unheard), LAST_WORDS)
+        if had_jobs:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._say_last_words(), LAST_WORDS)
         self._draining.unlink(missing_ok=True)
         await self.shut_down(0.0)
+
+    async def _say_last_words(self) -> None:
+        """A coordinator that restarts a job waits for this node, too: it is to know that all has ended here."""
+        await _until(lambda: not self.core.unheard and not self.core.stopping)
+        await _until(self._wires.ask_coordinator())
 
     async def shut_down(self, grace: float) -> None:
         """Stops every job of this node, workers by SIGTERM and SIGKILL ``grace`` seconds later, and then serving."""

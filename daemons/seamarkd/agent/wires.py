@@ -85,6 +85,8 @@ class Wires:
         self._incarnation = secrets.token_hex(8)
         self.address = check_address(address)
         self._beats = 0
+        self._answered = 0
+        """The latest beat that the coordinator has answered."""
         self._untold: set[str] = set()
         self._beat_interval = BEAT_INTERVAL
         self._hello: NodeHello | None = None
@@ -158,6 +160,13 @@ class Wires:
                 return False
         return True
 
+    def ask_coordinator(self) -> Callable[[], bool]:
+        """Sends a beat; what it returns says whether the coordinator has had that, and all that was sent before."""
+        self._beats += 1
+        sequence = self._beats
+        self.tell_coordinator(Beat(self._core.node, self._incarnation, sequence))
+        return lambda: self._coordinator is None or self._answered >= sequence
+
     def tell_coordinator(self, message: Message) -> None:
         """Sends it, if there is a coordinator."""
         if self._coordinator is not None:
@@ -189,6 +198,8 @@ class Wires:
                 self._perform(self._core.from_lighthouse(time.monotonic(), message))
 
     def _on_coordinator(self, route: bytes, message: Message) -> None:
+        if isinstance(message, BeatAnswer):
+            self._answered = max(self._answered, message.sequence)
         match message:
             case BeatAnswer(known=False):
                 assert self._coordinator is not None
