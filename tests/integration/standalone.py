@@ -139,7 +139,7 @@ class Run:
             text=True,
             check=True,
         )
-        return list(json.loads(done.stdout))
+        return list(json.loads(done.stdout)["incidents"])
 
     def digests(self) -> set[str]:
         return {report["sha256"] for rank in range(4) for report in self.reports(rank) if report["event"] == "done"}
