@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,17 @@ import click
 import zmq
 
 from seamarkd import daemon
-from seamarkd.cli.exit_codes import TERMINATED
-from seamarkd.coordinator.manifest import Manifest
+from seamarkd.cli.exit_codes import FAILED, TERMINATED
+from seamarkd.coordinator.manifest import Manifest, trouble
 from seamarkd.coordinator.shell import CoordinatorShell
+from seamarkd.errors import StateError
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 30.0
 """Seconds the nodes have to stop their workers when the suite is stopped (D12)."""
+DISK_RETRY = 1.0
+"""Seconds until a coordinator whose disk takes nothing ends, to be started again (unlike after other bad state)."""
 
 
 class _Served:
@@ -27,6 +35,19 @@ class _Served:
 
     async def close(self) -> None:
         await self._shell.close()
+
+
+async def _opened(path: Path) -> Manifest:
+    """The manifest. Where its disk takes nothing, another start has to try again: somebody may make room."""
+    try:
+        return Manifest(path)
+    except StateError as error:
+        why = trouble(path.parent)
+        if not why:
+            raise
+        log.error("%s; %s; begins anew in %g s", error, why, DISK_RETRY)
+    await asyncio.sleep(DISK_RETRY)
+    sys.exit(FAILED)
 
 
 @click.command()
@@ -45,14 +66,13 @@ def command(
     chosen = daemon.settings(config, insecure, log_level, log_format, {"coordinator.address": address})
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
-        manifest = Manifest(chosen.state_directory / "coordinator.db")
         return _Served(
             CoordinatorShell(
                 context,
                 chosen.coordinator.address,
                 chosen.lighthouse.address,
                 chosen.lighthouse.events,
-                manifest,
+                await _opened(chosen.state_directory / "coordinator.db"),
             )
         )
 
