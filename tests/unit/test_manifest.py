@@ -13,6 +13,7 @@ import pytest
 from seamark.protocol.messages import Dataset, Incident, JobSpec, ShardAnswer, StoreAddress
 from seamarkd.coordinator import backups
 from seamarkd.coordinator import manifest as manifests
+from seamarkd.coordinator.backlog import coalesced
 from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.effects import Forget, Persist
 from seamarkd.coordinator.job import JobRecord
@@ -20,7 +21,6 @@ from seamarkd.coordinator.ledger import Row, State
 from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.schema import SCHEMA_VERSION
 from seamarkd.coordinator.shards import Record, Reply
-from seamarkd.coordinator.shell import coalesced
 from seamarkd.errors import ManifestError
 
 
