@@ -67,7 +67,12 @@ def kill_at_random(cluster: Suite, run: Run, out: Path, chance: random.Random) -
     else:
         before, lines = (failed(out), 1) if moment < 0.65 else (written(out), chance.randrange(1, 2_000))
         count = failed if moment < 0.65 else written
-        wait_for("work to be done", lambda: count(out) >= before + lines)
+
+        def reached() -> bool:
+            run.check_alive()
+            return count(out) >= before + lines
+
+        wait_for("work to be done", reached)
         time.sleep(chance.uniform(0.0, 0.01))
     run.check_alive()
     at = time.monotonic()
