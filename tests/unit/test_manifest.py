@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from seamark.protocol.messages import Dataset, Incident, JobSpec, ShardAnswer, StoreAddress
 from seamarkd.coordinator import backups
 from seamarkd.coordinator import manifest as manifests
+from seamarkd.coordinator.backlog import coalesced
 from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.effects import Forget, Persist
 from seamarkd.coordinator.job import JobRecord
@@ -17,7 +21,6 @@ from seamarkd.coordinator.ledger import Row, State
 from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.schema import SCHEMA_VERSION
 from seamarkd.coordinator.shards import Record, Reply
-from seamarkd.coordinator.shell import coalesced
 from seamarkd.errors import ManifestError
 
 
@@ -274,12 +277,77 @@ def test_a_torn_end_of_the_log_costs_what_was_not_acknowledged_alone(tmp_path: P
         assert manifest.jobs() == [record()]
 
 
-def test_a_read_only_file_is_named_with_what_to_do(tmp_path: Path) -> None:
-    path = tmp_path / "m.db"
-    written(path)
-    read_only = sqlite3.OperationalError("attempt to write a readonly database")
-    read_only.sqlite_errorcode = sqlite3.SQLITE_READONLY
-    assert "make it and its directory writable" in manifests._hint(read_only)
+@pytest.mark.parametrize(
+    ("pragma", "says"),
+    [
+        ("query_only = ON", "readonly database: make it and its directory writable"),
+        ("max_page_count = 1", "disk is full: the disk is full, free some space"),
+    ],
+)
+def test_a_commit_that_sqlite_refuses_says_what_to_do_and_is_taken_later(
+    tmp_path: Path, pragma: str, says: str
+) -> None:
+    """Refused by SQLite itself, in the middle of the transaction and of one that it has rolled back already."""
+    many = [incident(number) for number in range(200)]
+    with Manifest(tmp_path / "m.db") as manifest:
+        manifest.commit([Persist(record(), ())])
+        manifest._connection.execute(f"PRAGMA {pragma}")
+        for _ in range(2):
+            with pytest.raises(ManifestError, match=says):
+                manifest.commit([Persist(record("SUCCEEDED"), tuple(many))])
+            assert manifest.jobs() == [record()]
+        manifest._connection.execute("PRAGMA query_only = OFF")
+        manifest._connection.execute("PRAGMA max_page_count = 1000000")
+        manifest.commit([Persist(record("SUCCEEDED"), tuple(many))])
+        assert (manifest.jobs(), manifest.incidents("job")) == ([record("SUCCEEDED")], many)
+
+
+def test_a_path_that_can_t_be_opened_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=f"{tmp_path}: .*: look at the directory's permissions"):
+        Manifest(tmp_path)
+
+
+NO_NAMESPACE = 77
+READ_ONLY = f"""
+import resource, subprocess, sys
+from pathlib import Path
+from seamarkd.coordinator.effects import Forget
+from seamarkd.coordinator.manifest import Manifest
+from seamarkd.errors import StateError
+
+path = Path(sys.argv[1])
+manifest = Manifest(path)
+manifest.trouble()
+place = str(path.parent)
+for how in (["--bind", place, place], ["-o", "remount,bind,ro", place]):
+    if subprocess.run(["mount", *how]).returncode:
+        sys.exit({NO_NAMESPACE})
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
+for action in (lambda: manifest.commit([Forget("job")]), manifest.close, lambda: Manifest(path)):
+    try:
+        action()
+    except StateError as error:
+        print(error)
+"""
+
+
+def test_a_read_only_file_system_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """In use, where the ballast can't be removed either, and at a start.
+
+    A read-only mount over the directory, in a mount namespace of the test's own, and no room in files that are open
+    already: chmod refuses root nothing.
+    """
+    written(tmp_path / "m.db")
+    user = [] if os.geteuid() == 0 else ["--map-root-user"]
+    command = ["unshare", "--mount", *user, sys.executable, "-c", READ_ONLY, str(tmp_path / "m.db")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode == NO_NAMESPACE or "unshare failed" in done.stderr:
+        pytest.skip(f"this host allows no mount namespace: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"the file system of {tmp_path} is read-only: look at the kernel's log") == 2
+    with Manifest(tmp_path / "m.db") as manifest:
+        assert manifest.jobs() == [record("SUCCEEDED")]
 
 
 def test_networked_file_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

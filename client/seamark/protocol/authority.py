@@ -16,6 +16,7 @@ from seamark.protocol.messages import (
     CommitVote,
     Complete,
     CompleteShard,
+    DatasetsRequest,
     DecisionsRequest,
     DrainNode,
     FailShard,
@@ -106,6 +107,7 @@ MAY_SEND: dict[Role, frozenset[type[Message]]] = {
     },
     "operator": frozenset(
         {
+            DatasetsRequest,
             DecisionsRequest,
             DrainNode,
             FollowJob,

@@ -1115,6 +1115,26 @@ class ShardsPage(Message, frozen=True):
     following: Annotated[int, Meta(ge=-1)]
 
 
+class DatasetsRequest(Message, frozen=True):
+    """Which data sets are in the books of a job, living or ended?"""
+
+    type_id = 96
+    direction = "operator -> coordinator"
+    answer = "Datasets | Refused"
+    request: Count
+    job: Name
+
+
+class Datasets(Message, frozen=True):
+    """The data sets of a job, the first that was opened first."""
+
+    type_id = 97
+    direction = "coordinator -> operator"
+    request: Count
+    job: Name
+    datasets: list[Dataset]
+
+
 class DecisionsRequest(Message, frozen=True):
     """What was decided about failures of a job's shards? ``shard`` -1: of all."""
 

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from seamark.protocol.keys import Key
-from seamark.protocol.messages import Dataset, FollowJob, JobStatus, ShardEntry, ShardsPage, ShardsRequest
+from seamark.protocol.messages import Dataset, Datasets, DatasetsRequest, ShardEntry, ShardsPage, ShardsRequest
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable
 from seamarkd.coordinator.books import reading
@@ -69,10 +69,10 @@ def _from_coordinator(source: Source, job: str, only: str | None) -> bool:
     """Prints what a coordinator says; False if none answers."""
     with Operator(source.address, source.key) as operator:
         try:
-            status = operator.ask(lambda n: FollowJob(n, job), JobStatus, ASK_TIMEOUT)
+            found = operator.ask(lambda n: DatasetsRequest(n, job), Datasets, ASK_TIMEOUT)
         except UnreachableError:
             return False
-        names = [only] if only else [one.name for one in status.datasets]
+        names = [only] if only else [one.name for one in found.datasets]
 
         def pages(name: str) -> Iterator[ShardsPage]:
             first = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +12,19 @@ import click
 import zmq
 
 from seamarkd import daemon
-from seamarkd.cli.exit_codes import TERMINATED
-from seamarkd.coordinator.manifest import Manifest
+from seamarkd.cli.exit_codes import FAILED, TERMINATED
+from seamarkd.coordinator.manifest import Manifest, trouble
 from seamarkd.coordinator.shell import CoordinatorShell
+from seamarkd.errors import StateError
 from seamarkd.exits import PREEMPTION_GRACE
 from seamarkd.gate import Gate
 
+log = logging.getLogger(__name__)
+
 PATIENCE = PREEMPTION_GRACE + 4.0
 """Seconds until the nodes have stopped their workers: what those have to save (D12), and the way there and back."""
+DISK_RETRY = 1.0
+"""Seconds until a coordinator whose disk takes nothing ends, to be started again (unlike after other bad state)."""
 
 
 class _Served:
@@ -38,6 +46,19 @@ class _Served:
             self._gate.close()
 
 
+async def _opened(path: Path) -> Manifest:
+    """The manifest. Where its disk takes nothing, another start has to try again: somebody may make room."""
+    try:
+        return Manifest(path)
+    except StateError as error:
+        why = trouble(path.parent)
+        if not why:
+            raise
+        log.error("%s; %s; begins anew in %g s", error, why, DISK_RETRY)
+    await asyncio.sleep(DISK_RETRY)
+    sys.exit(FAILED)
+
+
 @click.command()
 @click.option("--address", help="Where it answers, as tcp://HOST:PORT.")
 @daemon.options
@@ -55,7 +76,7 @@ def command(
 
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         gate = Gate.of(context, chosen)
-        manifest = Manifest(chosen.state_directory / "coordinator.db")
+        manifest = await _opened(chosen.state_directory / "coordinator.db")
         shell = CoordinatorShell(
             context,
             chosen.coordinator.address,

@@ -60,6 +60,9 @@ class Manifest(Books):
         self._ballast = path.with_suffix(".ballast")
         self._backed_up = 0
         self._refuse_networked()
+        if trouble(path.parent):
+            # A start has to write, too.
+            self._give_up_ballast()
         try:
             if not path.exists():
                 self._fall_back("is missing")
@@ -74,7 +77,7 @@ class Manifest(Books):
 
     def _unusable(self, error: sqlite3.DatabaseError) -> ManifestError:
         if not _is_damage(error):
-            return ManifestError(f"{self.path}: {error}: {_hint(error)}")
+            return ManifestError(f"{self.path}: {error}: {self._hint(error)}")
         return ManifestError(
             f"{self.path} is not a usable database ({error}), and there is no whole copy of it: move it away to start "
             "with an empty one"
@@ -150,13 +153,31 @@ class Manifest(Books):
                 for record in records:
                     self._put_record(record)
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                # A full disk has rolled it back already.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
-            # Room for what running jobs have to write: the next try finds it.
+            self._give_up_ballast()
+            raise ManifestError(f"{self.path}: {error}: {self._hint(error)}") from error
+
+    def _hint(self, error: sqlite3.Error) -> str:
+        # SQLite calls a read-only file system an I/O error as soon as the database is open.
+        hints = {
+            sqlite3.SQLITE_BUSY: "another coordinator is using it",
+            sqlite3.SQLITE_READONLY: "make it and its directory writable",
+            sqlite3.SQLITE_CANTOPEN: "look at the directory's permissions",
+            sqlite3.SQLITE_FULL: "the disk is full, free some space",
+        }
+        known = hints.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        return known or trouble(self.path.parent) or "is the disk well?"
+
+    def _give_up_ballast(self) -> None:
+        """Room for what running jobs have to write: the next try finds it."""
+        # On a disk that is read-only by now nothing can be removed either.
+        with suppress(OSError):
             self._ballast.unlink(missing_ok=True)
-            raise ManifestError(f"{self.path}: {error}") from error
 
     def _forget(self, job: str) -> None:
         self._connection.execute("DELETE FROM jobs WHERE name = ?", (job,))
@@ -218,15 +239,10 @@ class Manifest(Books):
 
     def trouble(self) -> str:
         """Why the next commit is likely to fail, and what to do; empty if nothing is known against it."""
-        disk = os.statvfs(self.path.parent)
-        free = disk.f_bavail * disk.f_frsize
-        if free >= FREE_BYTES:
+        found = trouble(self.path.parent)
+        if not found:
             self._take_ballast()
-            return ""
-        return (
-            f"the disk of {self.path.parent} has {free >> 10} KiB left, and {FREE_BYTES >> 20} MiB are kept free for "
-            "the jobs that run: free some space"
-        )
+        return found
 
     def _take_ballast(self) -> None:
         if self._ballast.exists():
@@ -243,6 +259,20 @@ class Manifest(Books):
         self.close()
 
 
+def trouble(directory: Path) -> str:
+    """Why nothing should be begun that has to be written down there, and what to do; empty if nothing is against it."""
+    disk = os.statvfs(directory)
+    if disk.f_flag & os.ST_RDONLY:
+        return f"the file system of {directory} is read-only: look at the kernel's log, and make it writable"
+    free = disk.f_bavail * disk.f_frsize
+    if free >= FREE_BYTES:
+        return ""
+    return (
+        f"the disk of {directory} has {free >> 10} KiB left, and {FREE_BYTES >> 20} MiB are kept free for "
+        "the jobs that run: free some space"
+    )
+
+
 _pack = msgspec.msgpack.Encoder().encode
 
 
@@ -255,13 +285,3 @@ def _shard_values(dataset: int, row: Row) -> tuple[int, int, int, int, str, str,
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
     code = getattr(error, "sqlite_errorcode", 0)
     return (code & 0xFF) in DAMAGED or code == sqlite3.SQLITE_IOERR_SHORT_READ
-
-
-def _hint(error: sqlite3.DatabaseError) -> str:
-    hints = {
-        sqlite3.SQLITE_BUSY: "another coordinator is using it",
-        sqlite3.SQLITE_READONLY: "make it and its directory writable",
-        sqlite3.SQLITE_CANTOPEN: "look at the directory's permissions",
-        sqlite3.SQLITE_FULL: "the disk is full, free some space",
-    }
-    return hints.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "is the disk well?")

@@ -12,17 +12,31 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any
 
 import zmq
 from msgspec.structs import replace
 
 from seamark.protocol.authority import Refusal
-from seamark.protocol.messages import Message, Refused, ShardsPage, ShardsRequest, StatusRequest
+from seamark.protocol.messages import (
+    BeatAnswer,
+    Datasets,
+    DatasetsRequest,
+    Decisions,
+    Incidents,
+    Message,
+    Refused,
+    ShardAnswer,
+    ShardRequest,
+    ShardsPage,
+    ShardsRequest,
+    StatusRequest,
+)
 from seamark.protocol.sockets import bind, connect, encrypted, make_socket
 from seamarkd.channel import Channel
+from seamarkd.coordinator.backlog import Change, coalesced, compacted
 from seamarkd.coordinator.effects import Effect, Forget, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import ENDED, status
 from seamarkd.coordinator.jobs import Coordinator
@@ -43,29 +57,10 @@ COMMIT_RETRY = 1.0
 STOPPED_LOOK = 0.05
 BACKUP_INTERVAL = 300.0
 """Seconds between two copies of the manifest, if anything was written meanwhile."""
-
-Change: TypeAlias = Persist | Forget | Record
-
-
-def coalesced(changes: Iterable[Change]) -> tuple[list[Persist | Forget], list[Record]]:
-    """The changes with the latest of each job and of each shard: as durable, and bounded while the disk is full."""
-    jobs: dict[str, Persist | Forget] = {}
-    records: dict[str, Record] = {}
-    for change in changes:
-        if isinstance(change, Record):
-            before = records.get(change.job)
-            records[change.job] = change if before is None else before.followed_by(change)
-            continue
-        name = change.job if isinstance(change, Forget) else change.record.spec.name
-        earlier = jobs.pop(name, None)
-        if isinstance(change, Forget) or change.fresh:
-            # What was to be written of an earlier job of this name.
-            records.pop(name, None)
-        elif isinstance(earlier, Persist):
-            incidents = {one.number: one for one in (*earlier.incidents, *change.incidents)}
-            change = Persist(change.record, tuple(incidents.values()), earlier.fresh)
-        jobs[name] = change
-    return list(jobs.values()), list(records.values())
+COMPACT_FROM = 1_000
+"""So many effects may wait for a commit before it is looked for those that nobody needs any more."""
+AT_ONCE = (BeatAnswer, Decisions, Incidents, Refused)
+"""Answers that promise nothing: they go past what waits for the disk."""
 
 
 class CoordinatorShell:
@@ -112,6 +107,9 @@ class CoordinatorShell:
         self._lighthouse = Channel(dealer, self._on_lighthouse)
         self._subscription = Channel(subscriber, self._on_lighthouse)
         self._waiting: deque[Effect] = deque()
+        self._compact_at = COMPACT_FROM
+        self._refused = ""
+        """Why the last commit failed, until one succeeds."""
         self._committer: asyncio.Task[None] | None = None
         # One thread for all that touches the database: it has one connection.
         self._disk = ThreadPoolExecutor(1, "seamark-manifest")
@@ -167,8 +165,13 @@ class CoordinatorShell:
             )
             self._requests.send(status, route)
             return
-        if isinstance(message, ShardsRequest):
-            self._read(self._send_page(route, message))
+        if isinstance(message, ShardsRequest | DatasetsRequest):
+            self._read(self._look_up(route, message))
+            return
+        if self._refused and isinstance(message, ShardRequest):
+            # Nothing it asks for can be promised, and nothing of it has to be kept: it is asked again.
+            wait = ShardAnswer(message.request, message.job, message.consumer, "wait", reason=self._refused)
+            self._requests.send(wait, route)
             return
         self._perform(self.core.handle(time.monotonic(), route, message))
 
@@ -177,9 +180,17 @@ class CoordinatorShell:
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
 
-    async def _send_page(self, route: bytes, request: ShardsRequest) -> None:
-        page = await self._loop.run_in_executor(self._disk, self._page, request)
-        self._requests.send(page, route)
+    async def _look_up(self, route: bytes, request: ShardsRequest | DatasetsRequest) -> None:
+        """In the books on disk, which also know the shards of jobs that have ended."""
+        answer = await self._loop.run_in_executor(self._disk, self._looked_up, request)
+        self._requests.send(answer, route)
+
+    def _looked_up(self, request: ShardsRequest | DatasetsRequest) -> Message:
+        if isinstance(request, ShardsRequest):
+            return self._page(request)
+        if self._manifest.job(request.job) is None:
+            return Refused(request.request, "UNKNOWN_JOB", f"there is no job named {request.job}", request.job)
+        return Datasets(request.request, request.job, [spec for _, spec in self._manifest.datasets(request.job)])
 
     def _page(self, request: ShardsRequest) -> ShardsPage | Refused:
         found = {spec.name: (number, spec) for number, spec in self._manifest.datasets(request.job)}
@@ -202,8 +213,7 @@ class CoordinatorShell:
         self._perform(self.core.from_lighthouse(time.monotonic(), message))
 
     def _tick(self) -> None:
-        if self._committer is None or self._committer.done():
-            self.core.trouble = self._manifest.trouble()
+        self.core.trouble = self._refused or self._manifest.trouble()
         now = time.monotonic()
         self._perform(self.core.tick(now))
         if now >= self._backup_due:
@@ -214,11 +224,21 @@ class CoordinatorShell:
         self._timer = self._loop.call_later(pause, self._tick)
 
     def _perform(self, effects: list[Effect]) -> None:
-        self._waiting.extend(effects)
+        for effect in effects:
+            if isinstance(effect, Send) and isinstance(effect.message, AT_ONCE):
+                self._send(effect)
+            else:
+                self._waiting.append(effect)
+        if len(self._waiting) >= self._compact_at:
+            self._compact()
         if self._committer is None or self._committer.done():
             self._send_ready()
             if self._waiting:
                 self._committer = self._loop.create_task(self._commit())
+
+    def _compact(self) -> None:
+        self._waiting = deque(compacted(self._waiting))
+        self._compact_at = max(COMPACT_FROM, 2 * len(self._waiting))
 
     def _send_ready(self) -> None:
         while self._waiting and not isinstance(self._waiting[0], Change):
@@ -243,17 +263,22 @@ class CoordinatorShell:
             self._waiting.clear()
             try:
                 await self._loop.run_in_executor(self._disk, self._manifest.commit, batch, records)
-            except ManifestError as error:
-                self.core.trouble = str(error)
-                log.error("can't write the manifest, trying again in %g s: %s", COMMIT_RETRY, error)
+            except Exception as error:
+                # Whatever it was: what is not on disk is told to nobody, and is not forgotten either.
+                self._refused = self.core.trouble = self._manifest.trouble() or str(error)
+                unexpected = None if isinstance(error, ManifestError) else error
+                log.error("can't write it down, trying again in %g s: %s", COMMIT_RETRY, error, exc_info=unexpected)
                 if self._closing:
                     return
                 # What came meanwhile belongs to the next try, behind what failed.
                 self._waiting.extendleft(reversed([*batch, *records, *sends]))
+                self._compact()
                 await asyncio.sleep(COMMIT_RETRY)
                 continue
             self._commits += 1
-            self.core.trouble = ""
+            if self._refused:
+                self._refused = ""
+                self.core.trouble = self._manifest.trouble()
             while sends:
                 self._send(sends.popleft())
             self._send_ready()
