@@ -276,6 +276,30 @@ def test_a_back_off_that_somebody_waits_for_is_due_until_the_job_ends() -> None:
     assert made.dispatch.due() is None
 
 
+def test_a_failure_is_dealt_with_at_once_while_another_job_s_shard_waits_out_its_back_off() -> None:
+    waiting, failing = Bench(name="waiting"), Bench(name="failing")
+    jobs = {"waiting": waiting.job, "failing": failing.job}
+    for made in (waiting, failing):
+        made.job.processes |= {f"job/{rank}": Process(f"i{rank}", 1, True, "n1") for rank in (2, 3)}
+        made.dispatch = Dispatch(1, jobs, made.nodes, random.Random(0))
+    failing.dispatch = waiting.dispatch
+    for name, made in (("waiting", waiting), ("failing", failing)):
+        for rank, route in ((0, b"r0"), (1, b"r1"), (2, b"r1")):
+            made.ask(OpenShards, rank, job=name, route=route, spec=SET)
+            made.ask(LeaseShard, rank, job=name, route=route)
+    held = waiting.job.shards
+    assert held is not None
+    (lease,) = [one for one in held._ledgers["set"].leases() if one.holder.member == "job/0"]
+    told_so = FailShard(9, "waiting", "job/0", "i0#set/0", "set", lease.shard, lease.lease_id, "oom")
+    waiting.dispatch.request(0.0, b"r0", told_so)
+    waiting.ask(LeaseShard, 3, job="waiting", route=b"r1")
+    assert (waiting.dispatch.due() or 0.0) > 0.0, "nothing of it is to be done before"
+    failing.ask(LeaseShard, 3, job="failing", route=b"r1")
+    # No tick, and no time, between the failure and the lease of who waits.
+    (given,) = [one for one in told(failing.exit(0, drains="spot")) if one.kind == "leased"]
+    assert given.consumer == "i3#set/0"
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
