@@ -1,0 +1,58 @@
+"""What ``seamark run`` reads of a file of operational parameters, and what it refuses by file and field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from seamark.protocol.messages import FailurePattern
+from seamark.runtime_config import RuntimeConfig
+from seamarkd.cli.run import _runtime
+from seamarkd.settings import SettingsError
+
+TOML = """
+oom_retries = 4
+
+[[failure_patterns]]
+regex = 'disk \\d+ is full$'
+kind = "transient"
+"""
+
+
+def test_a_file_gives_parameters_and_patterns(tmp_path: Path) -> None:
+    file = tmp_path / "retries.toml"
+    file.write_text(TOML)
+    runtime, patterns = _runtime(file)
+    assert RuntimeConfig.from_dict(json.loads(runtime)) == RuntimeConfig(oom_retries=4)
+    assert patterns == [FailurePattern(r"disk \d+ is full$", "transient")]
+    file = tmp_path / "retries.json"
+    file.write_text(json.dumps(RuntimeConfig(max_delay=5).to_dict()))
+    assert json.loads(_runtime(file)[0])["max_delay"] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("oom_retrys = 4", "did you mean oom_retries"),
+        ("max_delay = -1\noom_retries = true", "max_delay: must be a number of seconds"),
+        ("oom_retries = ", "Invalid value"),
+        ("failure_patterns = 3", "must be a list of tables"),
+        ("[[failure_patterns]]\nregex = '('\nkind = 'oom'", "is no regular expression"),
+        ("[[failure_patterns]]\nregex = 'x'\nkind = 'zoom'", "is no kind of failure"),
+        ("[[failure_patterns]]\nregexp = 'x'", "regexp"),
+    ],
+)
+def test_what_can_not_be_used_is_named_with_its_file(tmp_path: Path, text: str, why: str) -> None:
+    file = tmp_path / "retries.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        _runtime(file)
+    assert why in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"retries.toml: No such file"):
+        _runtime(tmp_path / "retries.toml")
