@@ -51,7 +51,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.coordinator.effects import Effect, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import FRUITLESS_RESTARTS, Job, record
-from seamarkd.coordinator.jobs import Coordinator
+from seamarkd.coordinator.jobs import NODE_SILENT, Coordinator
 from seamarkd.effects import Send
 from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
 
@@ -1150,3 +1150,16 @@ def test_what_agents_refused_is_in_the_status_until_they_come_back() -> None:
     assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{"not_allowed": 3}]
     bench.hello()
     assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{}], "it says so again"
+
+
+def test_a_node_that_drained_and_ended_without_a_word_is_not_waited_for_any_longer() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(NodeHello("n0", "i", "ipc:///a", 8, draining="spot"))
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    assert bench.job.state == "STOPPING"
+    bench.now += NODE_SILENT + 0.5
+    bench.core.tick(bench.now)
+    assert bench.job.state == "CANCELLED", "long before its time to stop is over"
+    bench.hello()
+    assert bench.told(StopWorkers) != [], "and what may live there is ended if it comes back"

@@ -1009,7 +1009,8 @@ class Coordinator:
     def tick(self, now: float) -> list[Effect]:
         """What is repeated, and what is no longer waited for."""
         effects: list[Effect] = self._keep_leases(now)
-        for name in [name for name, node in self.nodes.items() if node.draining and not self._beats(now, name)]:
+        gone = {name for name, node in self.nodes.items() if node.draining and not self._beats(now, name)}
+        for name in gone:
             # It was left in good order, and is gone.
             del self.nodes[name]
         for job in self.jobs.values():
@@ -1025,10 +1026,11 @@ class Coordinator:
             elif job.state == "RUNNING":
                 effects += self._take_room(now, job)
             effects += self._keep_moving(now, job)
-            if job.stopping and now >= job.stop_until:
-                job.left |= job.stopping
-                job.stopping.clear()
-                effects += self._all_stopped(now, job)
+            late = job.stopping if now >= job.stop_until else job.stopping & gone
+            if late:
+                job.left |= late
+                job.stopping -= late
+                effects += [] if job.stopping else self._all_stopped(now, job)
         return effects
 
     def _keep_leases(self, now: float) -> list[Effect]:
