@@ -582,15 +582,18 @@ def report_failure(kind: str, batch: int | None = None, text: str = "") -> None:
         raise ValueError(f"{kind!r} is no class of failure: choose one of {', '.join(KINDS)}")
     if not _open:
         raise ShardError("report_failure() speaks of a shard's failure, and this process has opened none")
-    for one in _open:
-        one.tell(kind, batch, text[:TEXT_LIMIT])
+    _worked_on().tell(kind, batch, text[:TEXT_LIMIT])
 
 
 def report_exception(error: BaseException) -> None:
     """Reports an exception that ends this process, or its iteration, if it has opened shards."""
-    # The last word counts: that of a data set of which a shard is being worked on.
-    for one in sorted(_open, key=lambda shards: shards.in_hand is not None):
-        one.tell(_kind(error), None, _text(error))
+    if _open:
+        _worked_on().tell(_kind(error), None, _text(error))
+
+
+def _worked_on() -> Shards:
+    """One word alone, on one line: of two the coordinator may hear the wrong one last."""
+    return max(_open, key=lambda shards: shards.in_hand is not None)
 
 
 def _kind(error: BaseException | str) -> str:

@@ -126,7 +126,7 @@ class Leasing:
 
 def test_a_full_disk_gives_no_new_lease_and_loses_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("s")
-    with small_disk(home / "state") as (holder, prefix), suite(home, agents=1, slots=2, prefix=prefix) as cluster:
+    with small_disk(home / "state", SIZE) as (holder, prefix), suite(home, agents=1, slots=2, prefix=prefix) as cluster:
         disk = Path(f"/proc/{holder}/root{home}/state")
         job = Leasing(cluster, home)
         try:
@@ -160,7 +160,7 @@ def test_a_disk_that_refuses_every_write_loses_nothing(tmp_path_factory: pytest.
     """
     home = tmp_path_factory.mktemp("s")
     state = home / "state"
-    with small_disk(state) as (_, prefix), suite(home, agents=1, slots=2, prefix=prefix) as cluster:
+    with small_disk(state, SIZE) as (_, prefix), suite(home, agents=1, slots=2, prefix=prefix) as cluster:
         job = Leasing(cluster, home)
         job.let(SHARDS)
         try:
