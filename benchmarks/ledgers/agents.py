@@ -178,7 +178,7 @@ class Cluster:
                 store = StoreAddress("127.0.0.1", 2, "store")
                 self._dealers[node].send(StoreReady(message.request, JOB, "127.0.0.1", 1, store))
             case Roster():
-                self._nodes = {slot.member: slot.node for slot in message.slots}
+                self._nodes |= {slot.member: slot.node for slot in message.slots}
                 for consumer in self.consumers.values():
                     consumer.node = self._nodes[consumer.member]
                 self._workers_run()
