@@ -1,11 +1,11 @@
 """Batch inference over files, in shards: each file is done exactly once, whatever dies.
 
-    seamark run --standalone --nproc-per-node 2 examples/infer_shards.py --out /tmp/statistics
+    seamark run --standalone --independent --nproc-per-node 2 examples/infer_shards.py --out /tmp/statistics
 
 Each rank leases shards of the list of files, counts each file's tokens and embeds its bytes with a small model, and
 publishes one output file per shard, named by the lease it was made under. At the end rank 0 reads the outputs of the
-accepted leases only: what a process wrote that had lost its lease is never read. Kill a rank, or the coordinator, or
-the whole command and start it again with the same --name: nothing is done twice, and nothing is left out.
+accepted leases only: what a process wrote that had lost its lease is never read. Kill a rank, or the coordinator of a
+suite: nothing is counted twice, and nothing is left out. --pause 0.5 leaves time for that.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def work(shard: Shard, files: list[Path], model: torch.nn.Module, arguments: arg
             shard.fail(error)
             return
         try:
-            results |= infer(batch, files, model)
+            results |= infer(batch, files, arguments.inputs, model)
         except (UnicodeDecodeError, tokenize.TokenError, SyntaxError) as error:
             # The input is bad, and no other rank will find it better.
             shard.fail(error, kind="poison_input")
@@ -66,7 +66,7 @@ def work(shard: Shard, files: list[Path], model: torch.nn.Module, arguments: arg
     shard.complete(f"{len(results)} files")
 
 
-def infer(batch: Batch, files: list[Path], model: torch.nn.Module) -> dict[str, object]:
+def infer(batch: Batch, files: list[Path], root: Path, model: torch.nn.Module) -> dict[str, object]:
     """Token counts and an embedding for each file of a batch."""
     found: dict[str, object] = {}
     for index in batch.indices.tolist():
@@ -74,7 +74,8 @@ def infer(batch: Batch, files: list[Path], model: torch.nn.Module) -> dict[str, 
         kinds = Counter(tokenize.tok_name[token.type] for token in tokenize.tokenize(io.BytesIO(data).readline))
         with torch.no_grad():
             vector = model(torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8).long().unsqueeze(0))[0]
-        found[files[index].name] = {"tokens": dict(sorted(kinds.items())), "embedding": [f"{x:.4f}" for x in vector]}
+        name = str(files[index].relative_to(root))
+        found[name] = {"tokens": dict(sorted(kinds.items())), "embedding": [f"{x:.4f}" for x in vector]}
     return found
 
 

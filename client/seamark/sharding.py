@@ -416,8 +416,10 @@ def described(name: str, *, size: int, shard_size: int, shuffle_seed: int | None
     Raises:
         ValueError: a name or a number that can't be.
     """
-    if not 0 < len(name) <= MAX_NAME:
-        raise ValueError(f"the name of a data set has 1 to {MAX_NAME} characters, this one {len(name)}")
+    if not 0 < len(name.encode()) <= MAX_NAME:
+        raise ValueError(f"the name of a data set has 1 to {MAX_NAME} characters, this one {len(name.encode())} bytes")
+    if not name.isprintable() or "/" in name:
+        raise ValueError(f"the name of a data set is printable and has no slash, unlike {name!r}")
     for what, value, least in (("size", size, 0), ("shard_size", shard_size, 1), ("epochs", epochs, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{what} must be a whole number of {least} or more, not {value!r}")

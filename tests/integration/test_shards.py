@@ -109,7 +109,7 @@ def test_the_undisturbed_run_leaves_out_the_poisoned_batch_alone(undisturbed: di
     names = sorted(path.name for path in inputs.iterdir())
     place = names.index(POISON)
     batch = names[place - place % BATCH : place - place % BATCH + BATCH]
-    assert sorted(undisturbed) == [name for name in names if name not in batch]
+    assert sorted(undisturbed) == [name for name in names if name not in batch], "each file, by its own name"
 
 
 def test_kills_poison_oom_a_drained_node_and_a_coordinator_change_nothing_in_the_output(

@@ -572,3 +572,35 @@ def test_what_is_written_of_a_shard_is_what_is_known_of_it() -> None:
     assert (row.shard, row.state, row.lease_id, row.node) == (0, State.LEASED, lease.lease_id, "n0")
     assert msgspec.json.decode(row.account)["progress"] == 3
     assert isinstance(row, Row)
+
+
+def test_while_nothing_may_be_given_out_nothing_is_and_the_time_is_nobody_s() -> None:
+    shards = JobShards("job", RuntimeConfig(attempt_timeout=100.0), Numbers(1), random.Random(0))
+
+    def nodes() -> frozenset[str]:
+        return frozenset({"n0", "n1"})
+
+    def ask(kind: type[ShardRequest], rank: int, request: int, **fields: object) -> ShardAnswer:
+        message = kind(request, "job", f"job/{rank}", f"i{rank}#set/0", "set", **fields)  # type: ignore[arg-type]
+        return shards.handle(0.0, message, f"n{rank}", nodes, "")[0].message
+
+    one = Dataset("set", 4, 4)
+    for rank in range(2):
+        ask(OpenShards, rank, 1, spec=one)
+    held = ask(LeaseShard, 0, 2).lease
+    assert held is not None
+    assert ask(LeaseShard, 1, 2).kind == "wait"
+    shards.serve(50.0, nodes)
+    shards.held = True
+    for now in range(51, 1_000, 10):
+        assert shards.serve(float(now), nodes) == []
+    assert shards.lost(1_000.0, ["i0"], None, nodes) == [], "given back, and not to who is being stopped, too"
+    shards.held = False
+    (given,) = shards.serve(1_001.0, nodes)
+    assert (given.message.consumer, given.message.kind) == ("i1#set/0", "leased")
+    shards.held = True
+    for now in range(1_002, 2_000, 10):
+        shards.serve(float(now), nodes)
+    shards.held = False
+    shards.serve(2_000.0, nodes)
+    assert [decision.kind for decision in shards.decisions] == [], "a minute without a disk is no attempt's"

@@ -1163,3 +1163,51 @@ def test_a_node_that_drained_and_ended_without_a_word_is_not_waited_for_any_long
     assert bench.job.state == "CANCELLED", "long before its time to stop is over"
     bench.hello()
     assert bench.told(StopWorkers) != [], "and what may live there is ended if it comes back"
+
+
+# --- at the seams ------------------------------------------------------------------------------------------
+
+
+def test_that_the_last_generation_had_completed_says_nothing_of_the_next() -> None:
+    bench = Bench()
+    bench.run()
+    bench.job.completed = True
+    bench.exit(0, 1)
+    bench.all_stopped()
+    bench.run()
+    assert not bench.job.completed
+
+
+def test_what_ends_a_job_while_it_is_put_aside_has_ended_it() -> None:
+    aborted = Bench()
+    aborted.run()
+    aborted.core.suspend(aborted.now)
+    aborted.exit(0, 130)
+    aborted.all_stopped()
+    assert (aborted.job.state, "RestartAbort" in aborted.job.result) == ("ABORTED", True)
+    completed = Bench()
+    completed.run()
+    completed.core.suspend(completed.now)
+    for rank in range(WORLD):
+        completed.exit(rank, 0, completed=True)
+    completed.all_stopped()
+    assert completed.job.state == "SUCCEEDED"
+    saved = Bench()
+    saved.run()
+    saved.core.suspend(saved.now)
+    for rank in range(WORLD):
+        saved.exit(rank, 0)
+    saved.all_stopped()
+    assert saved.job.state == "PENDING", "who saved and ended with 0 has not come to the end"
+
+
+def test_of_a_node_that_drains_one_rank_ends_and_the_others_still_count() -> None:
+    bench = Bench(policy="replace", independent=True, min_nodes=1)
+    bench.run(wrapped=False)
+    bench.send(NodeHello("n0", "i", "ipc:///a", 8, draining="spot"))
+    process = bench.job.processes["job/0"]
+    report = WorkerExited(
+        0, "job", bench.job.generation, "job/0", process.incarnation, 143, False, False, False, "", "", [], 0
+    )
+    bench.send(replace(report, drains="spot"))
+    assert bench.job.processes["job/1"].alive

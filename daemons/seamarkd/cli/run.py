@@ -407,7 +407,7 @@ class Follower:
         good = status.state == "SUCCEEDED"
         colour = "green" if good else "red"
         counts = (
-            f"{status.running_for:.1f} s, {status.restarts} restarts, {status.process_restarts} of them of a process"
+            f"{status.running_for:.1f} s, {status.restarts} restarts, {status.process_restarts} processes started anew"
         )
         self._print(
             f"job {status.job} [{colour}]{status.state.lower()}[/]: {escape(status.result)} ({counts})", markup=True

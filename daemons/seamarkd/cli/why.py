@@ -269,7 +269,8 @@ def _show_incident(console: Console, incident: Incident, *, every_rank: bool) ->
     for other in incident.consequences:
         console.print(f"   consequence: {who(other)}: {first_line(other.cause.text)}", markup=False, highlight=False)
     if incident.next_iteration < 0:
-        console.print("   ended by a restart of all workers, or by the job's end", highlight=False)
+        text = "   no restart in process followed: all workers were restarted, or this rank alone, or the job ended"
+        console.print(text, highlight=False)
         return
     console.print(
         f"   seen by {culprit.detector}; iteration {incident.iteration} → {incident.next_iteration}, "

@@ -60,7 +60,12 @@ class Dispatch:
         if job.shards is None:
             patterns = job_patterns((one.regex, one.kind) for one in job.spec.failure_patterns)
             job.shards = JobShards(job.spec.name, _config(job.spec), self._numbers, self._rng, patterns)
+        job.shards.held = bool(self._hold(job))
         return job.shards
+
+    def _hold(self, job: Job) -> str:
+        # Of a job that ends what is done is done; the rest is another time's.
+        return self.hold or ("the job ends" if job.state == "STOPPING" else "")
 
     # --- messages ------------------------------------------------------------------------------------------
 
@@ -78,10 +83,7 @@ class Dispatch:
         if process.incarnation != request.incarnation or not process.alive:
             why = "this process has been replaced: what it says counts no longer"
             return [Send(route, ShardAnswer(request.request, request.job, request.consumer, "refused", reason=why))]
-        hold = "drain" if node.draining else self.hold
-        if job.state == "STOPPING":
-            # What is done is done; the rest is another time's.
-            hold = hold or "the job ends"
+        hold = "drain" if node.draining else self._hold(job)
         return self._tell(job, self.of(job).handle(now, request, process.node, partial(_nodes, job), hold))
 
     def reported(self, report: ReportFailure) -> None:
@@ -108,7 +110,7 @@ class Dispatch:
         """A worker runs, or is known to run again."""
         if job.shards is None:
             return []
-        return self._tell(job, job.shards.seen(now, report.member, report.incarnation, partial(_nodes, job)))
+        return self._tell(job, self.of(job).seen(now, report.member, report.incarnation, partial(_nodes, job)))
 
     def exited(self, now: float, job: Job, report: WorkerExited) -> list[Effect]:
         """A worker has ended."""
@@ -129,13 +131,13 @@ class Dispatch:
         if job.shards is None or cause.communication or cause.kind not in FAULTS:
             return []
         evidence = Evidence(text=cause.text, timed_out=cause.kind != "exception")
-        return self._tell(job, job.shards.failed(now, incarnation, evidence, partial(_nodes, job)))
+        return self._tell(job, self.of(job).failed(now, incarnation, evidence, partial(_nodes, job)))
 
     def lost(self, now: float, job: Job, incarnations: Iterable[str], evidence: Evidence | None) -> list[Effect]:
         """Workers are gone; without ``evidence`` they were stopped."""
         if job.shards is None:
             return []
-        return self._tell(job, job.shards.lost(now, incarnations, evidence, partial(_nodes, job)))
+        return self._tell(job, self.of(job).lost(now, incarnations, evidence, partial(_nodes, job)))
 
     def node_lost(self, now: float, job: Job, node: str, draining: str) -> list[Effect]:
         """A node is gone, with all that its workers had."""
@@ -155,7 +157,7 @@ class Dispatch:
         effects: list[Effect] = []
         for job in self._jobs.values():
             if job.shards is not None:
-                effects += self._tell(job, job.shards.drain(node))
+                effects += self._tell(job, self.of(job).drain(node))
         return effects
 
     # --- time ----------------------------------------------------------------------------------------------
@@ -171,14 +173,15 @@ class Dispatch:
         for job in self._jobs.values():
             if job.shards is None or job.state in ENDED:
                 continue
-            if settled:
-                effects += self._tell(job, job.shards.settle(now, partial(_nodes, job)))
-            if not self.hold:
-                effects += self._tell(job, job.shards.serve(now, partial(_nodes, job)))
+            if settled and job.state != "STOPPING":
+                effects += self._tell(job, self.of(job).settle(now, partial(_nodes, job)))
+            effects += self._tell(job, self.of(job).serve(now, partial(_nodes, job)))
         return effects
 
     def due(self) -> float | None:
-        """When a back-off that somebody waits for is over; None if nobody does."""
+        """When a back-off that somebody waits for is over; None if nobody does, or nothing may be given out."""
+        if self.hold:
+            return None
         found = [job.shards.due() for job in self._jobs.values() if job.shards is not None and job.state not in ENDED]
         return min((at for at in found if at is not None), default=None)
 

@@ -372,6 +372,10 @@ class Coordinator:
                 job.stopping = {slot.node for slot in job.slots}
                 job.stop_until = now + STOP_GRACE + NODE_SILENT
 
+    def restored_at(self, now: float) -> None:
+        """All of it was taken up: the time runs in which nodes are waited for."""
+        self._settles_at = now + NODE_SILENT
+
     def restore_shards(self, now: float, job: str, saved: Saved) -> None:
         """Take up the shards of a job of an earlier start, after the job itself."""
         self._dispatch.of(self.jobs[job]).restore(now, saved)
@@ -543,6 +547,7 @@ class Coordinator:
         job.finished.clear()
         job.discarded.clear()
         job.failed.clear()
+        job.completed = False
         job.step.clear()
         job.wrapped = False
         job.sentence = "starts the workers"
@@ -712,6 +717,8 @@ class Coordinator:
         if process is not None and current:
             process.alive = False
         job.incidents.exited(report)
+        if job.state == "STOPPING" and job.outcome == "PENDING":
+            return [*self._ended_meanwhile(now, job, report), *acknowledged]
         if job.state in ("STOPPING", "RESTARTING") or report.ordered or not has_place(job, report):
             return acknowledged
         if not current and not report.replacement:
@@ -722,7 +729,8 @@ class Coordinator:
 
     def _decide(self, now: float, job: Job, report: WorkerExited) -> list[Effect]:
         rank = report.member.rpartition("/")[2]
-        if report.status in (0, UNKNOWN_STATUS) and report.completed:
+        nothing_left = job.spec.independent and job.shards is not None and job.shards.finished
+        if report.status in (0, UNKNOWN_STATUS) and (report.completed or nothing_left):
             job.finished.add(report.member)
             return self._carry_out(now, job, "worker-finished", "")
         if report.discarded:
@@ -793,10 +801,13 @@ class Coordinator:
         members = {slot.member for slot in job.slots if slot.node == node} - job.finished - job.failed
         known = self.nodes.get(node)
         draining = drains or (known.draining if known is not None else "")
-        for member in members:
-            if member in job.processes:
-                job.processes[member].alive = False
-        given = self._dispatch.node_lost(now, job, node, draining)
+        given: list[Effect] = []
+        if not drains:
+            for member in members:
+                if member in job.processes:
+                    job.processes[member].alive = False
+            given = self._dispatch.node_lost(now, job, node, draining)
+        # Else one of its ranks has ended, and the others have their time yet: what they still do counts.
         return [*given, *self._without_node(now, job, node, members, draining)]
 
     def _without_node(self, now: float, job: Job, node: str, members: set[str], draining: str) -> list[Effect]:
@@ -817,7 +828,8 @@ class Coordinator:
             job.slots = [slot for slot in job.slots if slot.node != node]
             job.failed -= members
             for member in members:
-                job.processes.pop(member, None)
+                if member in job.processes and not job.processes[member].alive:
+                    del job.processes[member]
         why = f"node {node} drains: {draining}" if draining else f"node {node} is lost"
         return self._carry_out(now, job, "node-lost", why, charged=not draining)
 
@@ -827,10 +839,20 @@ class Coordinator:
 
     def _abort(self, now: float, route: bytes, report: AbortJob) -> list[Effect]:
         job = self.jobs.get(report.job)
-        if job is None or job.state in ENDED or job.state == "STOPPING":
+        if job is None or job.state in ENDED:
             return []
         rank = report.member.rpartition("/")[2]
-        return self._end(now, job, "ABORTED", f"rank {rank} asked for the end of the job: {report.reason}")
+        result = f"rank {rank} asked for the end of the job: {report.reason}"
+        if job.state == "STOPPING":
+            return self._aborted_meanwhile(now, job, result)
+        return self._end(now, job, "ABORTED", result)
+
+    def _aborted_meanwhile(self, now: float, job: Job, result: str) -> list[Effect]:
+        """Its workers are being stopped already, but were to go on later: they are not."""
+        if job.outcome != "PENDING":
+            return []
+        job.outcome, job.result, job.ended_at = "ABORTED", result, now
+        return [persist(job)]
 
     def _progress(self, now: float, route: bytes, report: JobProgress) -> list[Effect]:
         job = self.jobs.get(report.job)
@@ -979,8 +1001,22 @@ class Coordinator:
                 effects += self._stop_workers(now, job, final=True)
         return effects
 
+    def _ended_meanwhile(self, now: float, job: Job, report: WorkerExited) -> list[Effect]:
+        """A rank of a job that is put aside may have come to its end: an exit code alone doesn't say so."""
+        if report.status == ABORT_EXIT_CODE:
+            rank = report.member.rpartition("/")[2]
+            return self._aborted_meanwhile(now, job, f"rank {rank} aborted the job (RestartAbort)")
+        if report.wrapped and report.completed:
+            job.finished.add(report.member)
+        return [persist(job)]
+
     def _put_aside(self, now: float, job: Job) -> list[Effect]:
-        """All workers of a job are gone, and it begins anew where it was."""
+        """All workers of a job are gone, and it begins anew where it was, unless nothing is left to be done."""
+        done = job.spec.independent and job.shards is not None and job.shards.finished
+        if done or (job.slots and all(slot.member in job.finished for slot in job.slots)):
+            good = job.shards is None or job.shards.complete
+            job.outcome, job.result, job.ended_at = "SUCCEEDED" if good else "FAILED", success(job), now
+            return self._all_stopped(now, job)
         job.state, job.outcome = "PENDING", "FAILED"
         job.left |= {slot.node for slot in job.slots}
         job.slots, job.store, job.store_node = [], StoreAddress(), ""
@@ -1046,7 +1082,7 @@ class Coordinator:
                 continue
             for name in {process.node for process in job.processes.values() if process.alive}:
                 known = self.nodes.get(name)
-                if known is not None and now - max(known.last_beat, self._awake_since) > LEASE_TIMEOUT:
+                if known is None or now - max(known.last_beat, self._awake_since) > LEASE_TIMEOUT:
                     effects += self._dispatch.node_lost(now, job, name, "")
         return effects + self._dispatch.tick(now, settled=now >= self._settles_at)
 

@@ -225,7 +225,7 @@ class Ledger:
         return lease
 
     def _take(self, now: float, holder: Holder, nodes: Callable[[], frozenset[str]]) -> int | None:
-        self._ripen(now)
+        self.ripen(now)
         passed: list[int] = []
         found: int | None = None
         while self._ready and found is None:
@@ -248,7 +248,8 @@ class Ledger:
             return account.member == holder.member
         return holder.node not in account.excluded or nodes().issubset(account.excluded)
 
-    def _ripen(self, now: float) -> None:
+    def ripen(self, now: float) -> None:
+        """Shards whose back-off is over may be leased."""
         while self._later and self._later[0][0] <= now:
             heapq.heappush(self._ready, heapq.heappop(self._later)[1])
 

@@ -84,7 +84,10 @@ class Manifest(Books):
         )
 
     def _fall_back(self, why: str) -> bool:
-        done = backups.restore(self.path, why)
+        try:
+            done = backups.restore(self.path, why)
+        except OSError as error:
+            raise ManifestError(f"{self.path} {why}, and no copy could take its place: {error}") from error
         if done:
             log.error("%s", done)
         return bool(done)
@@ -231,6 +234,9 @@ class Manifest(Books):
         changes = self._connection.total_changes
         if changes == self._backed_up:
             return
+        size, disk = self.path.stat().st_size, os.statvfs(self.path.parent)
+        if disk.f_bavail * disk.f_frsize < size + 2 * FREE_BYTES:
+            raise ManifestError(f"no copy of {self.path} was made: the disk has no room for another {size >> 20} MiB")
         try:
             backups.make(self._connection, self.path)
         except (sqlite3.Error, OSError) as error:

@@ -161,6 +161,9 @@ class JobShards:
         """Incarnations that held a lease before this coordinator was started, and were not heard of since."""
         self.decisions: deque[ShardDecision] = deque(maxlen=DECISIONS_KEPT)
         self._record = self._empty()
+        self.held = False
+        """Nothing may be given out just now."""
+        self._served_at = -1.0
 
     # --- looking -------------------------------------------------------------------------------------------
 
@@ -177,6 +180,11 @@ class JobShards:
     def complete(self) -> bool:
         """Whether every shard of every data set is DONE."""
         return all(ledger.complete for ledger in self._ledgers.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether every shard of every data set is terminal, and there is one."""
+        return bool(self._ledgers) and all(ledger.finished for ledger in self._ledgers.values())
 
     def report(self) -> str:
         """What became of the data sets, for people, when the job ends; empty where it has none."""
@@ -354,11 +362,20 @@ class JobShards:
 
     def serve(self, now: float, nodes: Nodes) -> list[Answer]:
         """Whose back-off is over, whose time has run out, and who can have what they wait for."""
+        passed = now - self._served_at if self._served_at >= 0.0 else 0.0
+        self._served_at = now
         answers: list[Answer] = []
         for ledger in self._ledgers.values():
-            for lease in filter(ledger.ahead, ledger.leases()):
-                # Nobody works on it yet.
-                lease.granted_at = now
+            ledger.ripen(now)
+            for lease in ledger.leases():
+                if ledger.ahead(lease):
+                    # Nobody works on it yet.
+                    lease.granted_at = now
+                elif self.held:
+                    # What is done can't be taken: this time is not the worker's.
+                    lease.granted_at += passed
+            if self.held:
+                continue
             late = [lease for lease in ledger.leases() if now - lease.granted_at > self._config.attempt_timeout]
             for lease in late:
                 text = f"its attempt took longer than {self._config.attempt_timeout:g} s"
@@ -374,6 +391,8 @@ class JobShards:
     def _serve(self, now: float, ledger: Ledger, nodes: Nodes) -> list[Answer]:
         if ledger.finished:
             return self._tell_done(ledger)
+        if self.held:
+            return []
         mine = [waiter for waiter in self._waiting.values() if waiter.dataset == ledger.spec.name]
         answers: list[Answer] = []
         for waiter in sorted(mine, key=lambda one: _rank(one.holder.member)):

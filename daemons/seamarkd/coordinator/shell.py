@@ -55,6 +55,8 @@ TICK = 1.0
 SHORTEST_TICK = 0.02
 COMMIT_RETRY = 1.0
 STOPPED_LOOK = 0.05
+MAX_LOOKUPS = 10_000
+"""Questions about the books that wait; who gets no answer asks again."""
 BACKUP_INTERVAL = 300.0
 """Seconds between two copies of the manifest, if anything was written meanwhile."""
 COMPACT_FROM = 1_000
@@ -90,6 +92,8 @@ class CoordinatorShell:
         for job in jobs:
             if job.state not in ENDED:
                 self.core.restore_shards(now, job.spec.name, manifest.shards(job.spec.name))
+        # A million shards take a second to read.
+        self.core.restored_at(time.monotonic())
         self._manifest = manifest
         self._since = time.monotonic()
         self._loop = asyncio.get_running_loop()
@@ -114,6 +118,8 @@ class CoordinatorShell:
         # One thread for all that touches the database: it has one connection.
         self._disk = ThreadPoolExecutor(1, "seamark-manifest")
         self._reading: set[asyncio.Task[None]] = set()
+        self._lookups: dict[tuple[bytes, str], ShardsRequest | DatasetsRequest] = {}
+        self._looking_up = False
         self._backup_due = 0.0
         self._commits = 0
         self._closing = False
@@ -166,7 +172,7 @@ class CoordinatorShell:
             self._requests.send(status, route)
             return
         if isinstance(message, ShardsRequest | DatasetsRequest):
-            self._read(self._look_up(route, message))
+            self._look_up_later(route, message)
             return
         if self._refused and isinstance(message, ShardRequest):
             # Nothing it asks for can be promised, and nothing of it has to be kept: it is asked again.
@@ -180,10 +186,26 @@ class CoordinatorShell:
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
 
-    async def _look_up(self, route: bytes, request: ShardsRequest | DatasetsRequest) -> None:
+    def _look_up_later(self, route: bytes, request: ShardsRequest | DatasetsRequest) -> None:
+        """Of each asker the latest question alone, and one at a time: commits go through the same thread."""
+        asker = (route, getattr(request, "consumer", ""))
+        self._lookups.pop(asker, None)
+        if len(self._lookups) < MAX_LOOKUPS:
+            self._lookups[asker] = request
+        if not self._looking_up:
+            self._looking_up = True
+            self._read(self._look_up())
+
+    async def _look_up(self) -> None:
         """In the books on disk, which also know the shards of jobs that have ended."""
-        answer = await self._loop.run_in_executor(self._disk, self._looked_up, request)
-        self._requests.send(answer, route)
+        try:
+            while self._lookups:
+                asker = next(iter(self._lookups))
+                request = self._lookups.pop(asker)
+                answer = await self._loop.run_in_executor(self._disk, self._looked_up, request)
+                self._requests.send(answer, asker[0])
+        finally:
+            self._looking_up = False
 
     def _looked_up(self, request: ShardsRequest | DatasetsRequest) -> Message:
         if isinstance(request, ShardsRequest):
