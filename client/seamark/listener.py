@@ -186,6 +186,9 @@ class FailureListener:
     def _deliver(self, deliveries: Iterable[Delivery]) -> None:
         for delivery in deliveries:
             if self._on_failure is not None:
+                if self._closing:
+                    # By the callback itself, perhaps, and what came with its failure is nobody's any more.
+                    return
                 try:
                     self._on_failure(delivery)
                 except Exception:
