@@ -171,11 +171,6 @@ class JobShards:
         """How far each data set is."""
         return [ledger.status() for ledger in self._ledgers.values()]
 
-    def number(self, dataset: str) -> tuple[int, Dataset] | None:
-        """The number of a data set in the manifest, and what it is."""
-        ledger = self._ledgers.get(dataset)
-        return (ledger.number, ledger.spec) if ledger is not None else None
-
     @property
     def complete(self) -> bool:
         """Whether every shard of every data set is DONE."""
