@@ -12,7 +12,7 @@ import pytest
 
 import seamark
 from seamark import progress, sections
-from seamark.inprocess.signs import Signs
+from seamark.inprocess.signs import Signs, interval
 from seamark.progress import MAX_SECTIONS, PROGRESS_FD, Phase, ProgressPage, Timeouts
 
 
@@ -127,3 +127,11 @@ def test_the_main_thread_answers_when_it_runs_python_and_not_while_it_is_blocked
     running, blocked = heard
     assert running > 10
     assert blocked <= 1
+
+
+@pytest.mark.parametrize(
+    ("soft", "expected"),
+    [(60.0, 1.0), (600.0, 1.0), (30.0, 0.5), (15.0, 0.25), (1.0, 0.25), (0.0, 1.0)],
+)
+def test_signs_come_as_often_as_the_soft_timeout_needs_them(soft: float, expected: float) -> None:
+    assert interval(soft) == expected

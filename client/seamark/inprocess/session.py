@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import queue
 import threading
@@ -48,7 +49,6 @@ log = logging.getLogger(__name__)
 
 REPEAT_INTERVAL = 1.0
 """Seconds after which an unanswered request is sent again."""
-POLL_MS = 250
 FLUSH_TIMEOUT = 2.0
 
 EVERY_ITERATION = 2**53
@@ -74,16 +74,22 @@ class Session:
         environment: who this worker is.
         on_failure: called on the monitor thread with the iteration that a published failure ends, again and again
             until it returns True: the main thread has left the function.
-        on_turn: called on the monitor thread several times a second.
+        on_turn: called on the monitor thread at the least every ``turn`` seconds.
+        turn: seconds; each wakes this thread beside the training, which has nothing else to do there.
     """
 
     def __init__(
-        self, environment: WorkerEnvironment, on_failure: Callable[[int], bool], on_turn: Callable[[], None]
+        self,
+        environment: WorkerEnvironment,
+        on_failure: Callable[[int], bool],
+        on_turn: Callable[[], None],
+        turn: float,
     ) -> None:
         self._who = environment
         self._call = next(_process.calls)
         self._on_failure = on_failure
         self._on_turn = on_turn
+        self._turn = turn
         self._outgoing: deque[Message] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
@@ -220,25 +226,31 @@ class Session:
             poller.register(self._wake, zmq.POLLIN)
             repeat_at = time.monotonic() + REPEAT_INTERVAL
             while not (self._closing and not self._outgoing):
-                poller.poll(POLL_MS if self._ended_iteration is None else 0)
+                woken = poller.poll(self._pause_ms(repeat_at))
                 self._on_turn()
-                self._drain_wake()
-                while self._outgoing:
-                    self._send(socket, self._outgoing.popleft())
-                    repeat_at = time.monotonic() + REPEAT_INTERVAL
-                self._receive(socket)
+                if woken:
+                    self._drain_wake()
+                    while self._outgoing:
+                        self._send(socket, self._outgoing.popleft())
+                        repeat_at = time.monotonic() + REPEAT_INTERVAL
+                    self._receive(socket)
                 if self._ended_iteration is not None and self._on_failure(self._ended_iteration):
                     self._ended_iteration = None
-                if time.monotonic() >= repeat_at:
+                pending = self._pending
+                if pending is not None and time.monotonic() >= repeat_at:
                     repeat_at = time.monotonic() + REPEAT_INTERVAL
-                    pending = self._pending
-                    if pending is not None:
-                        self._send(socket, self._hello())
-                        self._send(socket, pending)
+                    self._send(socket, self._hello())
+                    self._send(socket, pending)
         finally:
             socket.setsockopt(zmq.LINGER, int(FLUSH_TIMEOUT * 1_000))
             socket.close()
             context.term()
+
+    def _pause_ms(self, repeat_at: float) -> int:
+        if self._ended_iteration is not None:
+            return 0
+        pause = self._turn if self._pending is None else min(self._turn, repeat_at - time.monotonic())
+        return max(0, math.ceil(pause * 1_000))
 
     def _hello(self) -> WorkerHello:
         who = self._who

@@ -11,10 +11,23 @@ import ctypes
 
 from seamark.progress import ProgressPage
 
-_count_one = ctypes.CDLL(None).sem_post
+_COUNT_ONE = ctypes.cast(ctypes.CDLL(None).sem_post, ctypes.c_void_p).value
 _ask = ctypes.pythonapi.Py_AddPendingCall
 _ask.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
 _ask.restype = ctypes.c_int
+
+
+PARTS = 60
+SHORTEST, LONGEST = 0.25, 1.0
+
+
+def interval(soft: float) -> float:
+    """Seconds between two signs: by so much a timeout may come early, since it begins at the last sign.
+
+    Args:
+        soft: seconds that a worker may give none; 0.0: for ever.
+    """
+    return min(LONGEST, max(SHORTEST, soft / PARTS)) if soft else LONGEST
 
 
 class Signs:
@@ -27,11 +40,12 @@ class Signs:
     def __init__(self, page: ProgressPage) -> None:
         self._page = page
         self._cell = page.cell_of_signs()
+        self._address = ctypes.addressof(self._cell)
         self._asked_at: int | None = None
 
     def ask(self) -> None:
         """From any thread: the next sign is due."""
-        if self._asked_at == self._page.signs:
-            return
-        self._asked_at = self._page.signs
-        _ask(ctypes.cast(_count_one, ctypes.c_void_p), ctypes.addressof(self._cell))
+        signs = self._page.signs
+        if self._asked_at != signs:
+            self._asked_at = signs
+            _ask(_COUNT_ONE, self._address)

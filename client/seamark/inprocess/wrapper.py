@@ -34,7 +34,7 @@ from seamark.inprocess.interrupt import DEFAULT_SIGNAL, REPEAT_INTERVAL, Interru
 from seamark.inprocess.rank_assignment import Assignment, keys_of
 from seamark.inprocess.rendezvous import EnvRendezvous
 from seamark.inprocess.session import Session
-from seamark.inprocess.signs import Signs
+from seamark.inprocess.signs import Signs, interval
 from seamark.inprocess.spare import SpareStore
 from seamark.inprocess.state import NODE_KEY, Mode, State, export, place
 from seamark.inprocess.stuck import Stillness
@@ -236,7 +236,7 @@ class _Restarter:
         self._page.timeouts = wrapper.timeouts
         self._page.wrapped = True
         preemption.attach(self._call_at_ping, self._interrupter.atomic)
-        self._session = Session(environment, self._give_up, Signs(self._page).ask)
+        self._session = Session(environment, self._give_up, Signs(self._page).ask, interval(wrapper.timeouts.soft))
         self.call.state_dict = StateDict(os.environ.get(SHARED_STATE, ""), self._session.share)
 
     def __enter__(self) -> _Restarter:
