@@ -16,6 +16,8 @@ from seamark.progress import OpenSection, Phase, ProgressPage, Timeouts
 
 STOPPED_TIMEOUT = 0.5
 """Seconds that a worker may be stopped by a signal (state T, not by a debugger)."""
+UNEVEN = 0.02
+"""Seconds: two looks are so much nearer to each other where the first one was late."""
 PAUSE = 1.0
 """Seconds between two looks; after a longer pause it was the agent, or the whole host, that stood still."""
 REPEAT_INTERVAL = 2.0
@@ -161,7 +163,7 @@ class HangWatch:
         self._stopped = (now if self._stopped is None else self._stopped) if reading.stopped else None
 
     def _judge(self, now: float, reading: Reading) -> Verdict | None:
-        if self._stopped is not None and now - self._stopped >= STOPPED_TIMEOUT:
+        if self._stopped is not None and now - self._stopped >= STOPPED_TIMEOUT - UNEVEN:
             return Verdict("stopped", f"stopped by a signal for more than {STOPPED_TIMEOUT:g} s")
         if reading.phase is not Phase.WORKING:
             return None

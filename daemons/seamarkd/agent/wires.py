@@ -34,6 +34,7 @@ from seamark.protocol.sockets import check_address, connect, make_socket
 from seamarkd.agent.core import Agent, Effect, Introduce, TellWorkers, ToCoordinator, ToLighthouse, ToWorker
 from seamarkd.channel import Channel
 from seamarkd.logs import Sparing
+from seamarkd.rhythm import next_beat
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +139,9 @@ class Wires:
                 channel.close()
 
     def repeat(self, action: Callable[[], float]) -> None:
-        """Calls it now, and again whenever the seconds that it returned have passed."""
-        self._timers[action] = self._loop.call_later(action(), self.repeat, action)
+        """Calls it now, and again at each multiple of the seconds that it returns (``rhythm``)."""
+        period = action()
+        self._timers[action] = self._loop.call_at(next_beat(self._loop.time(), period), self.repeat, action)
 
     def perform(self, effect: Effect) -> bool:
         """Sends what is to be sent; False for an effect of another kind."""

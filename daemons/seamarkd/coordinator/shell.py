@@ -45,6 +45,7 @@ from seamarkd.coordinator.shards import Record
 from seamarkd.effects import Send
 from seamarkd.errors import ManifestError
 from seamarkd.gate import Gate
+from seamarkd.rhythm import next_beat
 from seamarkd.software import software
 
 log = logging.getLogger(__name__)
@@ -242,8 +243,8 @@ class CoordinatorShell:
             self._backup_due = now + BACKUP_INTERVAL
             self._read(self._back_up())
         due = self.core.due()
-        pause = TICK if due is None else min(TICK, max(due - now, SHORTEST_TICK))
-        self._timer = self._loop.call_later(pause, self._tick)
+        at = next_beat(now, TICK)
+        self._timer = self._loop.call_at(at if due is None else min(at, max(due, now + SHORTEST_TICK)), self._tick)
 
     def _perform(self, effects: list[Effect]) -> None:
         for effect in effects:

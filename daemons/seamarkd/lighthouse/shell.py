@@ -22,6 +22,7 @@ from seamarkd.gate import Gate
 from seamarkd.lighthouse.core import Lighthouse
 from seamarkd.lighthouse.nodes import AGENT_GRACE, BEAT_INTERVAL, NodeWatch, ProbeResult
 from seamarkd.lighthouse.replicas import ReplicaOptions
+from seamarkd.rhythm import next_beat
 from seamarkd.software import software
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class LighthouseShell:
         self._ticks = 0
         self._lateness = (0.0, 0.0)
         self._lateness_since = self._since
-        self._due = self._loop.time() + TICK
+        self._due = next_beat(self._loop.time(), TICK)
         self._timer = self._loop.call_at(self._due, self._tick)
 
     def close(self) -> None:
@@ -160,7 +161,7 @@ class LighthouseShell:
         self._ticks += 1
         if self._ticks % EVENT_BEAT_TICKS == 0:
             self._events.send(self.core.event_beat(), EVENT_BEAT_TOPIC)
-        self._due = max(self._due + TICK, self._loop.time())
+        self._due = next_beat(self._loop.time(), TICK)
         self._timer = self._loop.call_at(self._due, self._tick)
 
     def _note(self, late: float) -> None:
