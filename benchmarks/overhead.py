@@ -1,14 +1,15 @@
-"""What Seamark costs a training that nothing happens to: a step, a ping, a section, an import.
+"""What Seamark costs a training that nothing happens to: a step, processor time, a ping, a section, an import.
 
 Two ranks over Gloo run the same steps of about 20 ms under torchrun without a wrapper, under `seamark run` with its
-wrapper, a ping and a section in each step, and under nvidia-resiliency-ext's wrapper. All three are alive at once and
-take turns of less than a second, the processes of the others stopped: so what a machine does to one it does to all.
+wrapper, a ping and a section in each step, and now and then under nvidia-resiliency-ext's wrapper. All are alive at
+once and take turns of about a second, the processes of the others stopped: what a machine does to one it does to all.
+All of them are started anew several times: where a process's memory happens to lie makes its steps faster or slower.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
-import math
 import os
 import random
 import select
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,26 +32,37 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.command import BenchmarkRun, find_peer, json_option, peer_env_option, work_directory
+from harness.intervals import Estimate, estimate, excess, trimmed_mean
 from harness.peers import Peer
-from harness.processes import Command, Job, SystemFailed, descendants
+from harness.processes import Command, Job, SystemFailed, descendants, end_descendants
 from harness.provenance import REPOSITORY
 from harness.systems import TRAINING, free_ports
 
 RANKS = 2
 SETTLING = 5
+"""Steps at the beginning of a turn that don't count: timers that came due while all stood still fire in them."""
+PEER_EVERY = 4
+"""The peer, whose cost nobody asked to know to half a percent, takes a turn in every so manieth round."""
 IMPORTS = 5
 PATIENCE = 120.0
 SCRIPT = str(TRAINING / "step_cost.py")
 NOTES = f"""\
-step: milliseconds of a step on rank 0 of {RANKS}, the median of the rounds' means; the first {SETTLING} of each turn
-    do not count. more: by how much a round's mean is above the round's mean without a wrapper, the median of the
-    rounds, and its 95 % interval (sign test). cpu more: the same of the processor time of a whole turn, in all
-    processes of the system, daemons and launcher included. The first system finds how many products make about
-    20 ms; the others do as many. ping, section: microseconds of one call in a loop of 100,000, the best of 5.
-    import seamark: in a new interpreter."""
+step: milliseconds of a step on rank 0 of {RANKS}, mean of all that count; the first {SETTLING} of each turn do not.
+    longest: of all steps that count. daemons: processor time of launcher and daemons, in thousandths of a core.
+    foreign: what all else on the machine used of its cores meanwhile, in thousandths of a core; on a machine that
+    is not quiet the figures say more about that than about the wrapper.
+more: by how much a turn's figure is above the figure of the turn without a wrapper in the same round. Each start of
+    all systems gives one figure, and the interval (95 %, Student's t) is over the starts.
+    mean: everything counts, rare costs too, and so does whatever else disturbed the machine: the widest interval.
+    trimmed: without the fifth of the rounds at either end. It hides what happens in fewer than a fifth of the rounds;
+    the daemons' timers, up to a second apart, are in every one. median: the middle round; the least disturbed.
+    typical step: the median step of each turn in place of its mean, trimmed: what each step pays, without what hits
+    a few of a turn. processor time: of the whole turn, in all processes of the system; what the machine does beside
+    is not in it.
+ping, section: microseconds of one call in a loop of 100,000, the best of 5. import seamark: in a new interpreter."""
 EXAMPLES = """\b
 Examples:
-  python benchmarks/overhead.py --rounds 5                  does it run here?
+  python benchmarks/overhead.py --starts 2 --rounds 4       does it run here?
   python benchmarks/overhead.py --json overhead.json        all of it, with a result file
   python benchmarks/overhead.py --peer-env /opt/nvrx        an environment that has nvidia-resiliency-ext already
 """
@@ -67,40 +79,68 @@ print(json.dumps({"seconds": took, "kib": kib() - before, "torch": "torch" in sy
 
 
 @dataclass
-class Row:
-    """One way to run the loop; each round's mean step, and a call of ping() and of a section, in seconds.
+class Turn:
+    """A turn of one system. Durations are seconds.
 
-    ``cpu``: processor seconds of each round's turn, of all its processes.
+    Attributes:
+        start, round: of which start of all systems, and which of its rounds.
+        mean, median, longest: of the steps that count.
+        ranks_cpu, others_cpu: processor time of the whole turn: the ranks' processes, and all others of the system.
+        foreign_cpu: of all else on the machine, what a hypervisor took from it included; to a hundredth.
+        wall: of the whole turn.
     """
+
+    start: int
+    round: int
+    mean: float
+    median: float
+    longest: float
+    ranks_cpu: float
+    others_cpu: float
+    foreign_cpu: float
+    wall: float
+
+    @property
+    def cpu(self) -> float:
+        """Of all processes."""
+        return self.ranks_cpu + self.others_cpu
+
+
+@dataclass
+class Row:
+    """One way to run the loop; its turns, and a call of ping() and of a section, in seconds."""
 
     system: str
     version: str
-    steps: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     calls: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the median, by the sign test: no assumption but that the rounds are independent."""
-    ordered, tail, rank = sorted(values), 0.0, 0
-    while (tail := tail + math.comb(len(ordered), rank) / 2 ** len(ordered)) <= 0.025:
-        rank += 1
-    outermost = max(0, rank - 1)
-    return ordered[outermost], ordered[-1 - outermost]
+MEASURES = {
+    "mean": ("mean", statistics.fmean),
+    "trimmed": ("mean", trimmed_mean),
+    "median": ("mean", statistics.median),
+    "typical step": ("median", trimmed_mean),
+    "processor time": ("cpu", trimmed_mean),
+    "processor time, mean": ("cpu", statistics.fmean),
+}
+"""What is compared: a turn's figure, and how those of a start become one."""
 
 
-def more(values: Sequence[float], without: Sequence[float]) -> str:
-    """By how much they are above the same rounds' without a wrapper."""
-    ratios = [value / other - 1 for value, other in zip(values, without, strict=False)]
-    if not ratios:
-        return "-"
-    return "{:+.2%} ({:+.2%} to {:+.2%})".format(statistics.median(ratios), *interval(ratios))
+def compare(row: Row, without: Row) -> dict[str, Estimate]:
+    """By how much the row is above the one without a wrapper, each measure over the starts."""
+    pairs = {(turn.start, turn.round): turn for turn in without.turns}
+    found = [(pairs[turn.start, turn.round], turn) for turn in row.turns if (turn.start, turn.round) in pairs]
+    return {
+        name: estimate(excess([(p.start, getattr(p, figure), getattr(q, figure)) for p, q in found], middle))
+        for name, (figure, middle) in MEASURES.items()
+    }
 
 
-def commands(system: str, steps: int, peer: Peer | None, products: float | None) -> list[Command]:
+def commands(system: str, steps: int, peer: Peer | None, products: int | None) -> list[Command]:
     """What starts the loop."""
-    fixed = {} if products is None else {"PRODUCTS": str(int(products))}
+    fixed = {} if products is None else {"PRODUCTS": str(products)}
     if system == "seamark":
         sources = os.pathsep.join([str(REPOSITORY / "client"), str(REPOSITORY / "daemons")])
         run = [sys.executable, "-m", "seamarkd.cli", "run", "--standalone", "--nproc-per-node", str(RANKS)]
@@ -112,6 +152,30 @@ def commands(system: str, steps: int, peer: Peer | None, products: float | None)
     job = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(3)), **fixed}
     arguments = [str(peer.python), SCRIPT, "nvrx", str(steps)]
     return [Command(arguments, {"RANK": str(rank), "LOCAL_RANK": str(rank), **job}) for rank in range(RANKS)]
+
+
+class Clock:
+    """The processor time of a process, all its threads, to the nanosecond: the kernel's clock of it.
+
+    Args:
+        pid: a living process.
+
+    Raises:
+        ProcessLookupError: there is none.
+    """
+
+    def __init__(self, pid: int) -> None:
+        number = ctypes.c_int()
+        if ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(number)):
+            raise ProcessLookupError(pid)
+        self._number = number.value
+
+    def read(self) -> float:
+        """Seconds; 0.0 once it has ended."""
+        try:
+            return time.clock_gettime(self._number)
+        except OSError:
+            return 0.0
 
 
 class Turns:
@@ -137,11 +201,39 @@ class Turns:
         self._turns = (self._job.reports / "turns").open("w", buffering=1)
         self._answers = (self._job.reports / "answers").open()
         self._processes = [process for process in descendants() if process.pid not in others]
+        self._clocks = {process.pid: Clock(process.pid) for process in self._processes}
         self._signal(signal.SIGSTOP)
+        about = self.ask("about")
+        self.products: int = about["products"]
+        self._ranks = frozenset(about["pids"])
+
+    def close(self) -> None:
+        """Closes its pipes; its processes are ended with all others."""
+        self._answers.close()
+        with suppress(BrokenPipeError):
+            self._turns.close()
+
+    def turn(self, start: int, round_: int) -> Turn:
+        """One turn: everybody else stands still."""
+        before, machine, began = self._cpu(), _busy(), time.monotonic()
+        counted = self.ask("steps")["steps"][SETTLING:]
+        wall, machine, after = time.monotonic() - began, _busy() - machine, self._cpu()
+        took = {pid: after[pid] - before[pid] for pid in before}
+        ranks, all_of_them = sum(took[pid] for pid in self._ranks), sum(took.values())
+        return Turn(
+            start,
+            round_,
+            mean=statistics.fmean(counted),
+            median=statistics.median(counted),
+            longest=max(counted),
+            ranks_cpu=ranks,
+            others_cpu=all_of_them - ranks,
+            foreign_cpu=max(0.0, machine - all_of_them),
+            wall=wall,
+        )
 
     def ask(self, order: str) -> dict[str, Any]:
-        """Let it do this while all others stand still; ``cpu``: the processor seconds that all its processes took."""
-        before = self._cpu()
+        """Let it do this while all others stand still."""
         self._signal(signal.SIGCONT)
         self._turns.write(f"{order}\n")
         if not select.select([self._answers], [], [], PATIENCE)[0]:
@@ -151,20 +243,21 @@ class Turns:
         if not line:
             raise SystemFailed(f"it ended: {self._job.last_words()}")
         answer: dict[str, Any] = json.loads(line)
-        return answer | {"cpu": self._cpu() - before}
+        return answer
 
-    def _cpu(self) -> float:
-        total = 0.0
-        for process in self._processes:
-            with suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
+    def _cpu(self) -> dict[int, float]:
+        return {pid: clock.read() for pid, clock in self._clocks.items()}
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+
+
+def _busy() -> float:
+    """Seconds that all processors were not idle."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 def imports() -> dict[str, float]:
@@ -174,25 +267,47 @@ def imports() -> dict[str, float]:
     return found
 
 
+def orders(rounds: int, rows: Sequence[Row], chance: random.Random) -> Iterator[list[Row]]:
+    """Who takes turns in each round, and in which order: of two rounds the second goes backwards, against a drift."""
+    peers = [row for row in rows if row.system == "nvrx"]
+    ours = [row for row in rows if row not in peers]
+    for number in range(rounds):
+        ours = chance.sample(ours, len(ours)) if number % 2 == 0 else ours[::-1]
+        yield ours if number % PEER_EVERY else chance.sample([*ours, *peers], len(ours) + len(peers))
+
+
+FIGURES = ("step", "longest", "daemons", "foreign", "ping", "section")
+
+
+def figures(row: Row) -> list[str]:
+    """One for each of ``FIGURES``."""
+    calls = [row.calls.get("ping"), row.calls.get("section") if row.system == "seamark" else None]
+    called = ["-" if call is None else f"{call * 1e6:.3f} µs" for call in calls]
+    if not row.turns:
+        return ["-", "-", "-", "-", *called]
+    wall = sum(turn.wall for turn in row.turns)
+    shares = [sum(turn.others_cpu for turn in row.turns) / wall, sum(turn.foreign_cpu for turn in row.turns) / wall]
+    return [
+        f"{statistics.fmean(turn.mean for turn in row.turns) * 1e3:.3f} ms",
+        f"{max(turn.longest for turn in row.turns) * 1e3:.1f} ms",
+        *(f"{share * 1e3:.1f}" for share in shares),
+        *called,
+    ]
+
+
 def table_of(rows: list[Row], imported: list[dict[str, float]]) -> Lines:
-    """All rows."""
+    """All rows: what it is, and by how much it is more."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("wrapper", "version", "n", "step", "more", "cpu more", "ping", "section"):
+    for heading in ("wrapper", "version", "starts", "turns", *FIGURES):
         table.add_column(heading, justify="left" if heading in ("wrapper", "version") else "right", no_wrap=True)
+    compared = Table("more than without", *MEASURES, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     nothing = next(row for row in rows if row.system == "nothing")
     problems = Text(style="red")
     for row in rows:
-        ping, section = row.calls.get("ping"), row.calls.get("section")
-        table.add_row(
-            row.system,
-            row.version,
-            str(len(row.steps)),
-            f"{statistics.median(row.steps) * 1e3:.3f} ms" if row.steps else "-",
-            "-" if row is nothing else more(row.steps, nothing.steps),
-            "-" if row is nothing else more(row.cpu, nothing.cpu),
-            "-" if ping is None else f"{ping * 1e6:.3f} µs",
-            "-" if section is None or row.system != "seamark" else f"{section * 1e6:.3f} µs",
-        )
+        starts = len({turn.start for turn in row.turns})
+        table.add_row(row.system, row.version, str(starts), str(len(row.turns)), *figures(row))
+        if row is not nothing and row.turns and nothing.turns:
+            compared.add_row(row.system, *map(str, compare(row, nothing).values()))
         if row.error:
             problems.append(f"{row.system}: {row.error}\n")
     cost = Text("")
@@ -201,54 +316,90 @@ def table_of(rows: list[Row], imported: list[dict[str, float]]) -> Lines:
         memory = statistics.median(one["kib"] for one in imported) / 1024
         torch = "torch was imported with it" if imported[0]["torch"] else "torch not imported"
         cost = Text(f"import seamark: {seconds * 1e3:.1f} ms, {memory:.1f} MiB, {torch} (n = {len(imported)})\n")
-    return Lines(table, problems, cost, Text(NOTES, style="dim"))
+    return Lines(table, compared, problems, cost, Text(NOTES, style="dim"))
+
+
+class Starts:
+    """All systems, started together, again and again.
+
+    Args:
+        rows: what is filled in.
+        steps: of a turn.
+        peer: the environment of the peer.
+        work: the directory of their logs.
+        chance: decides on the order.
+    """
+
+    def __init__(self, rows: list[Row], steps: int, peer: Peer | None, work: Path, chance: random.Random) -> None:
+        self._rows = rows
+        self._steps = steps
+        self._peer = peer
+        self._work = work
+        self._chance = chance
+        self._products: int | None = None
+
+    def run(self, start: int, rounds: int, last: bool) -> None:
+        """One start of all that run, and its rounds; in the last one the calls are timed, too."""
+        living = {row.system: turns for row in self._rows if not row.error and (turns := self._started(row, start))}
+        for number, order in enumerate(orders(rounds, self._rows, self._chance)):
+            for row in order:
+                if not row.error:
+                    try:
+                        row.turns.append(living[row.system].turn(start, number))
+                    except SystemFailed as error:
+                        row.error = str(error)
+        for row in self._rows:
+            if last and row.system != "nothing" and not row.error:
+                row.calls = living[row.system].ask("calls")
+        end_descendants()
+        for turns in living.values():
+            turns.close()
+
+    def _started(self, row: Row, start: int) -> Turns | None:
+        directory = self._work / f"{row.system}-{start}"
+        try:
+            turns = Turns(commands(row.system, self._steps, self._peer, self._products), directory)
+        except SystemFailed as error:
+            row.error = str(error)
+            return None
+        self._products = self._products or turns.products
+        return turns
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--rounds", default=100, show_default=True, type=click.IntRange(1), help="Turns of each system.")
-@click.option("--steps", default=40, show_default=True, type=click.IntRange(SETTLING + 1), help="Steps of a turn.")
+@click.option("--starts", default=10, show_default=True, type=click.IntRange(2), help="Starts of all systems.")
+@click.option("--rounds", default=20, show_default=True, type=click.IntRange(1), help="Rounds of turns in each.")
+@click.option("--steps", default=60, show_default=True, type=click.IntRange(SETTLING + 1), help="Steps of a turn.")
 @click.option("--seed", default=0, show_default=True, help="Decides on the order in each round.")
 @peer_env_option("nvidia-resiliency-ext")
 @json_option
-def main(rounds: int, steps: int, seed: int, peer_env: Path, json_path: Path | None) -> None:
+def main(starts: int, rounds: int, steps: int, seed: int, peer_env: Path, json_path: Path | None) -> None:
     """What Seamark's wrapper costs a training that nothing happens to, beside nvidia-resiliency-ext's.
 
-    A full run takes about 6 minutes. Nothing is left running, after Ctrl-C neither.
+    A full run takes about 15 minutes. Nothing is left running, after Ctrl-C neither.
     """
-    run = BenchmarkRun("overhead", seed, json_path, width=130)
+    run = BenchmarkRun("overhead", seed, json_path, width=150)
     rows: list[Row] = []
     imported: list[dict[str, float]] = []
-    with run.measuring(), work_directory() as work, run.progress() as progress:
+    with run.measuring(), work_directory() as work, run.progress(auto_refresh=False) as progress:
         peer, why = find_peer(peer_env, "nvidia-resiliency-ext", "nvidia_resiliency_ext.inprocess")
         torch = str(run.facts["versions"]["torch"])
         rows += [Row("nothing", f"torchrun {torch}"), Row("seamark", run.version), Row("nvrx", peer.version, error=why)]
         imported += [imports() for _ in range(IMPORTS)]
-        task = progress.add_task("starting", total=rounds, last="")
-        systems: dict[str, Turns] = {}
-        products = None
-        for row in rows:
-            if not row.error:
-                try:
-                    systems[row.system] = Turns(commands(row.system, steps, peer, products), work / row.system)
-                    products = products or systems[row.system].ask("products")["products"]
-                except SystemFailed as error:
-                    row.error = str(error)
-        order = random.Random(seed)
-        for _ in range(rounds):
-            progress.update(task, description="taking turns")
-            for row in order.sample(rows, len(rows)):
-                if not row.error:
-                    try:
-                        answer = systems[row.system].ask("steps")
-                        row.steps.append(statistics.fmean(answer["steps"][SETTLING:]))
-                        row.cpu.append(answer["cpu"])
-                    except SystemFailed as error:
-                        row.error = str(error)
+        task = progress.add_task("taking turns", total=starts, last="")
+        all_of_them = Starts(rows, steps, peer, work, random.Random(seed))
+        for start in range(starts):
+            progress.refresh()
+            all_of_them.run(start, rounds, last=start == starts - 1)
             progress.advance(task)
-        for row in rows:
-            if row.system != "nothing" and not row.error:
-                row.calls = systems[row.system].ask("calls")
-    records = {"rows": [asdict(row) for row in rows], "imports": imported, "turn": steps}
+    nothing = next((row for row in rows if row.system == "nothing"), None)
+    more = {row.system: compare(row, nothing) for row in rows if nothing and row is not nothing and row.turns}
+    records = {
+        "rows": [asdict(row) for row in rows],
+        "more": {system: {name: one._asdict() for name, one in found.items()} for system, found in more.items()},
+        "imports": imported,
+        "steps_of_a_turn": steps,
+    }
     run.finish(table_of(rows, imported), records, failed=any(row.error for row in rows))
 
 

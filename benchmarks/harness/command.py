@@ -89,10 +89,15 @@ class BenchmarkRun:
         """Says what takes its time before the first figure."""
         return self.console.status("looking at the machine, preparing the environments")
 
-    def progress(self) -> Progress:
-        """How far it is: a task's description, count and time, and its field ``last``."""
+    def progress(self, *, auto_refresh: bool = True) -> Progress:
+        """How far it is: a task's description, count and time, and its field ``last``.
+
+        Args:
+            auto_refresh: shown anew twice a second; not where that would disturb what is measured.
+        """
         bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        return Progress(*bars, TextColumn("{task.fields[last]}"), console=self.console, refresh_per_second=2)
+        last = TextColumn("{task.fields[last]}")
+        return Progress(*bars, last, console=self.console, refresh_per_second=2, auto_refresh=auto_refresh)
 
     def note(self, line: str) -> None:
         """A line of progress where no terminal shows bars."""
