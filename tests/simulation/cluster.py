@@ -43,8 +43,8 @@ from seamark.protocol.messages import (
 )
 from seamarkd.agent import core as agent
 from seamarkd.coordinator import effects as coordinator
+from seamarkd.coordinator.core import Coordinator
 from seamarkd.coordinator.job import JobRecord
-from seamarkd.coordinator.jobs import Coordinator
 from seamarkd.effects import Probe, Publish, Send
 from seamarkd.lighthouse.core import Lighthouse
 from seamarkd.lighthouse.nodes import ProbeResult

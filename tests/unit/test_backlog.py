@@ -183,7 +183,7 @@ async def _refusing(home: Path) -> None:
         complete = CompleteShard(3, "job", "job/0", "w#d/0", "d", 0, lease.lease_id, "digest")
         bench.node.send_multipart(encode(complete))
         await until(lambda: bool(bench.shell._refused))
-        assert "make it and its directory writable" in bench.shell.core.trouble
+        assert "make it and its directory writable" in bench.shell.core.cluster.trouble
         answers = 0
         for number in range(REPEATS):
             for message in (Beat("n", "i", number), complete, SharedState("job", "job/0", "w", number + 1, "{}")):
@@ -195,7 +195,7 @@ async def _refusing(home: Path) -> None:
             assert len(bench.shell._waiting) <= 2 * COMPACT_FROM
         assert answers == REPEATS // 50
         held = await bench.ask(bench.node, complete, ShardAnswer, request=3)
-        assert (held.kind, held.reason) == ("wait", bench.shell.core.trouble)
+        assert (held.kind, held.reason) == ("wait", bench.shell.core.cluster.trouble)
         found = await bench.ask(bench.person, DatasetsRequest(REPEATS + 5, "job"), Datasets)
         assert [one.name for one in found.datasets] == ["d"]
         refused = await bench.ask(bench.person, SubmitJob(REPEATS + 6, _other(), "other"), Refused)

@@ -49,9 +49,10 @@ from seamark.protocol.messages import (
     WorkersStopped,
     WorkerStarted,
 )
+from seamarkd.coordinator.cluster import NODE_SILENT
+from seamarkd.coordinator.core import Coordinator
 from seamarkd.coordinator.effects import Effect, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import FRUITLESS_RESTARTS, Job, record
-from seamarkd.coordinator.jobs import NODE_SILENT, Coordinator
 from seamarkd.effects import Send
 from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
 
@@ -388,7 +389,7 @@ def test_an_unknown_job_is_refused() -> None:
 def restarted(bench: Bench) -> Bench:
     """Another coordinator with what the first one had made durable."""
     records = [(record(job), list(job.incidents.incidents)) for job in bench.core.jobs.values()]
-    bench.core = Coordinator(bench.core.epoch + 1)
+    bench.core = Coordinator(bench.core.cluster.epoch + 1)
     bench.core.restore(bench.now, records)
     return bench
 
@@ -482,7 +483,7 @@ def test_the_same_submission_is_the_same_job_even_when_it_has_ended() -> None:
 def test_without_room_on_the_disk_new_jobs_are_refused_and_running_ones_go_on() -> None:
     bench = Bench()
     bench.run()
-    bench.core.trouble = "the disk is full"
+    bench.core.cluster.trouble = "the disk is full"
     bench.send(SubmitJob(1, spec(name="other"), "other"), b"operator")
     (refused,) = bench.told(Refused)
     assert (refused.code, "the disk is full" in refused.reason) == ("READ_ONLY", True)

@@ -37,9 +37,9 @@ from seamark.protocol.messages import (
 from seamark.protocol.sockets import bind, connect, encrypted, make_socket
 from seamarkd.channel import Channel
 from seamarkd.coordinator.backlog import Change, coalesced, compacted
+from seamarkd.coordinator.core import Coordinator
 from seamarkd.coordinator.effects import Effect, Forget, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import ENDED, status
-from seamarkd.coordinator.jobs import Coordinator
 from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.shards import Record
 from seamarkd.effects import Send
@@ -235,7 +235,7 @@ class CoordinatorShell:
         self._perform(self.core.from_lighthouse(time.monotonic(), message))
 
     def _tick(self) -> None:
-        self.core.trouble = self._refused or self._manifest.trouble()
+        self.core.cluster.trouble = self._refused or self._manifest.trouble()
         now = time.monotonic()
         self._perform(self.core.tick(now))
         if now >= self._backup_due:
@@ -287,7 +287,7 @@ class CoordinatorShell:
                 await self._loop.run_in_executor(self._disk, self._manifest.commit, batch, records)
             except Exception as error:
                 # Whatever it was: what is not on disk is told to nobody, and is not forgotten either.
-                self._refused = self.core.trouble = self._manifest.trouble() or str(error)
+                self._refused = self.core.cluster.trouble = self._manifest.trouble() or str(error)
                 unexpected = None if isinstance(error, ManifestError) else error
                 log.error("can't write it down, trying again in %g s: %s", COMMIT_RETRY, error, exc_info=unexpected)
                 if self._closing:
@@ -300,7 +300,7 @@ class CoordinatorShell:
             self._commits += 1
             if self._refused:
                 self._refused = ""
-                self.core.trouble = self._manifest.trouble()
+                self.core.cluster.trouble = self._manifest.trouble()
             while sends:
                 self._send(sends.popleft())
             self._send_ready()
