@@ -214,12 +214,12 @@ class Lighthouse:
 
     def _roster(self, now: float, route: bytes, roster: Roster) -> list[Effect]:
         group = self.groups.get(roster.job)
-        if group is not None and group.done and not roster.submission and not roster.running:
+        if group is not None and group.session.done and not roster.submission and not roster.running:
             sentence = f"job {roster.job} has ended on this lighthouse: give another one another name (SEAMARK_JOB)"
             return [Send(route, Refused(roster.request, "NAME_TAKEN", sentence, roster.job))]
         if group is None or group.submission != roster.submission:
             # Above those of an earlier job of this name: an id never names two member lists.
-            floor = max(self.epoch << EPOCH_SHIFT, group.quorum_id if group else 0)
+            floor = max(self.epoch << EPOCH_SHIFT, group.session.quorum_id if group else 0)
             events = self._log(roster.job)
             if group is not None:
                 events.forget()
@@ -246,7 +246,7 @@ class Lighthouse:
             return effects
         match report:
             case MemberStarted():
-                effects += group.started(now, report)
+                group.membership.started(now, report)
             case MemberLost():
                 effects += group.lost(now, report)
             case StoreLost():
@@ -275,7 +275,7 @@ class Lighthouse:
         if group is None or group.aborted:
             return []
         group.aborted = f"{request.member}: {request.reason}"
-        routes = [node.route for name, node in self.nodes.nodes.items() if name in group.nodes]
+        routes = [node.route for name, node in self.nodes.nodes.items() if name in group.membership.nodes]
         return [Send(to, JobAborted(request.job, group.aborted)) for to in routes]
 
     def _snapshot(self, now: float, route: bytes, request: SnapshotRequest) -> list[Effect]:
@@ -285,7 +285,7 @@ class Lighthouse:
             return [Send(route, _unknown_job(request.request, request.job))]
         snapshot = events.snapshot(
             request.request,
-            completed=group is not None and group.done,
+            completed=group is not None and group.session.done,
             reason=group.reason if group else replicas.reason if replicas else "",
             groups=[one.status(now) for one in (group, replicas) if one is not None],
         )
