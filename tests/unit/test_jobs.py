@@ -511,6 +511,20 @@ def test_what_happened_while_it_was_away_is_learned_from_a_snapshot_once(heard_l
         restarted(bench)
 
 
+def test_a_job_that_has_ended_is_asked_about_once() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.all_stopped()
+    restarted(bench)
+    beat = EventBeat(7, {"job": 3}, {})
+    (asked,) = to_the_lighthouse(bench.core.from_lighthouse(0.0, beat), SnapshotRequest)
+    snapshot = Snapshot(asked.request, "job", 7, 3, [], [], False, "")
+    assert bench.core.from_lighthouse(0.0, snapshot) == []
+    assert bench.core.from_lighthouse(0.0, beat) == []
+    assert bench.job.state == "CANCELLED"
+
+
 def test_a_job_ends_well_without_the_ranks_that_its_assignment_dropped() -> None:
     bench = Bench(nodes=2, nproc_per_node=1, min_nodes=1, max_nodes=2)
     bench.run()

@@ -114,9 +114,12 @@ class Liveness:
     def _caught_up(self, now: float, snapshot: Snapshot) -> list[Effect]:
         """Events that went past while this daemon, or its connection, was away; those seen before change nothing."""
         job = self._cluster.jobs.get(snapshot.job)
-        if job is None or job.state in ENDED:
+        if job is None:
             return []
+        # Also of a job that has ended: else it would be asked about for ever.
         self._cursor.advance(snapshot.job, snapshot.sequence)
+        if job.state in ENDED:
+            return []
         effects: list[Effect] = []
         job.completed = job.completed or snapshot.completed
         events: list[FailureEvent | QuorumEvent] = [*snapshot.failures, *snapshot.quorums]
