@@ -357,6 +357,31 @@ def test_stopping_a_job_that_waits_ends_it_at_once() -> None:
     assert bench.job.state == "CANCELLED"
 
 
+def test_who_asks_again_for_the_end_of_a_job_puts_it_off_no_further() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    until, asked = bench.job.stop_until, bench.job.request
+    while bench.now < until:
+        again = bench.send(StopJob(6, "job", "Ctrl-C"), b"operator")
+        assert [one.state for one in bench.told(JobStatus, again)] == ["STOPPING"]
+        assert (bench.job.stop_until, bench.job.request) == (until, asked)
+        bench.now += 3.0
+        bench.core.tick(bench.now)
+    assert bench.job.state == "CANCELLED", "its node said nothing in its time"
+
+
+def test_a_job_that_has_succeeded_is_not_cancelled_while_its_workers_end() -> None:
+    bench = Bench()
+    bench.run()
+    for rank in range(WORLD):
+        bench.exit(rank, 0, completed=True)
+    assert bench.job.state == "STOPPING"
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.all_stopped()
+    assert (bench.job.state, bench.job.result) == ("SUCCEEDED", "all 2 ranks completed")
+
+
 def test_followers_are_told_until_they_stop_asking() -> None:
     bench = Bench()
     bench.run()

@@ -118,11 +118,12 @@ class Operators:
         return [Send(route, Incidents(request.request, request.job, job.incidents.incidents))]
 
     def stop(self, now: float, route: bytes, request: StopJob) -> list[Effect]:
-        """Ends a job now."""
+        """Ends a job now. One that ends already ends as it was to: the same wish again gives its nodes no more time."""
         job = self._cluster.jobs.get(request.job)
         if job is None:
             return [Send(route, _unknown(request.request, request.job))]
-        effects = [] if job.state in ENDED else self._stops.end(now, job, "CANCELLED", f"stopped: {request.reason}")
+        ends = job.state in ENDED or (job.state == "STOPPING" and job.outcome != "PENDING")
+        effects = [] if ends else self._stops.end(now, job, "CANCELLED", f"stopped: {request.reason}")
         return [*effects, Send(route, status(job, now, request.request))]
 
 
