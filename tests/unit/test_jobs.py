@@ -181,6 +181,19 @@ def test_the_path_to_running() -> None:
     assert bench.job.state == "RUNNING"
 
 
+def test_a_lighthouse_that_answers_later_than_the_roster_is_repeated_has_taken_it() -> None:
+    bench = Bench()
+    effects = bench.send(StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE))
+    (first,) = to_the_lighthouse(effects, Roster)
+    for _ in range(3):
+        bench.now += 0.6
+        (again,) = to_the_lighthouse(bench.core.tick(bench.now), Roster)
+        assert again == first
+    assert bench.told(Roster, bench.core.from_lighthouse(bench.now, Acknowledged(first.request)))
+    bench.now += 0.6
+    assert to_the_lighthouse(bench.core.tick(bench.now), Roster) == []
+
+
 def test_a_store_that_is_reported_twice_starts_no_second_generation() -> None:
     """A node that introduces itself while it starts the store is asked again, and answers twice."""
     bench = Bench()

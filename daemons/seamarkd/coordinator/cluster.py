@@ -6,6 +6,8 @@ What all duties share, and no duty of its own: who is given room, restarted or e
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from seamark.protocol.messages import Message, Roster, StopWorkers
 from seamarkd.coordinator.effects import Effect, Tell, ToLighthouse
 from seamarkd.coordinator.job import ENDED, Job
@@ -117,7 +119,10 @@ class Cluster:
 
     def announce(self, now: float, job: Job) -> list[Effect]:
         """The roster to the lighthouse first, which has to know the members before they report to it."""
-        roster = self.roster(now, job)
-        job.roster_request = roster.request
+        job.roster_request = self.next_request()
+        return self.announce_again(now, job)
+
+    def announce_again(self, now: float, job: Job) -> list[Effect]:
+        """Under the same number: an answer that takes longer than the repetition is one, too."""
         job.roster_due = now + ROSTER_RETRY
-        return [ToLighthouse(roster)]
+        return [ToLighthouse(replace(self.roster(now, job), request=job.roster_request))]

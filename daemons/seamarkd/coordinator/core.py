@@ -215,7 +215,7 @@ class Coordinator:
             if job.state == "PENDING" and not cluster.suspended:
                 effects += self._starts.place(now, job)
             if job.roster_request and now >= job.roster_due:
-                effects += cluster.announce(now, job)
+                effects += cluster.announce_again(now, job)
             if job.state == "STARTING":
                 # Of a node that was never heard as a member of the job the lighthouse can say nothing.
                 silent = [one for one in dict.fromkeys(slot.node for slot in job.slots) if not cluster.beats(now, one)]
