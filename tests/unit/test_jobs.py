@@ -904,6 +904,20 @@ def test_what_is_left_on_a_node_that_was_away_at_the_end_is_ended_when_it_is_bac
     assert "n1" in bench.job.left or places(bench)[3] == "n1"
 
 
+def test_a_node_that_has_nothing_left_of_an_ended_job_is_told_of_it_no_more() -> None:
+    bench = wide(2, policy="min-healthy")
+    lose_node(bench, "n1")
+    bench.send(StopJob(7, "job", "enough"), b"operator")
+    bench.all_stopped()
+    bench.send(NodeHello("n1", "i", "ipc:///a", 8), b"n1")
+    (order,) = bench.told(StopWorkers)
+    (durable,) = bench.send(WorkersStopped(order.request, "job", order.generation), b"n1")
+    assert isinstance(durable, Persist)
+    assert durable.record.left == []
+    bench.send(NodeHello("n1", "i", "ipc:///a", 8), b"n1")
+    assert bench.told(StopWorkers) == []
+
+
 def test_the_exit_itself_says_that_its_node_drains() -> None:
     """It may be heard before the node introduces itself to a coordinator that was started anew."""
     bench = wide(2, wrapped=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from seamark.protocol.messages import StopWorkers, StoreAddress, WorkerExited, WorkersStopped
 from seamarkd.coordinator.cluster import NODE_SILENT, STOP_GRACE, SUSPENDED, UNHEARD, Cluster
 from seamarkd.coordinator.effects import Effect, persist
-from seamarkd.coordinator.job import Job, State, standing, success
+from seamarkd.coordinator.job import ENDED, Job, State, standing, success
 from seamarkd.coordinator.policy import decide
 from seamarkd.coordinator.starts import Starts
 from seamarkd.exits import ABORT_EXIT_CODE, PREEMPTION_GRACE
@@ -81,9 +81,16 @@ class Stops:
     def workers_stopped(self, now: float, route: bytes, report: WorkersStopped) -> list[Effect]:
         """A node has."""
         job = self._cluster.jobs.get(report.job)
-        if job is None or report.request != job.request or job.state not in ("STOPPING", "RESTARTING"):
+        if job is None:
             return []
-        job.stopping -= {name for name, node in self._cluster.nodes.items() if node.route == route}
+        here = {name for name, node in self._cluster.nodes.items() if node.route == route}
+        if job.state in ENDED and here & job.left:
+            # Nothing of it lives there any more, and nothing will.
+            job.left -= here
+            return [persist(job)]
+        if report.request != job.request or job.state not in ("STOPPING", "RESTARTING"):
+            return []
+        job.stopping -= here
         return [] if job.stopping else self._all_stopped(now, job)
 
     def give_up(self, now: float, job: Job, gone: set[str]) -> list[Effect]:
