@@ -563,6 +563,20 @@ def test_a_job_that_has_ended_is_asked_about_once() -> None:
     assert bench.job.state == "CANCELLED"
 
 
+@pytest.mark.parametrize("missed", [False, True])
+def test_what_the_lighthouse_says_of_an_earlier_job_of_the_name_is_not_the_next_ones(missed: bool) -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.all_stopped()
+    bench.send(SubmitJob(1, bench.spec, "again"), b"operator")
+    assert bench.job.state == "STARTING"
+    late = lost_node("n0", 1, 1)
+    bench.core.from_lighthouse(1.0, Snapshot(1, "job", 1, 1, [late], [], True, "") if missed else late)
+    assert (bench.job.state, bench.job.completed, bench.job.incidents.count) == ("STARTING", False, 0)
+    assert "n0" in bench.core.nodes
+
+
 def test_a_job_ends_well_without_the_ranks_that_its_assignment_dropped() -> None:
     bench = Bench(nodes=2, nproc_per_node=1, min_nodes=1, max_nodes=2)
     bench.run()

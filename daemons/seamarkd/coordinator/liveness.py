@@ -118,7 +118,7 @@ class Liveness:
             return []
         # Also of a job that has ended: else it would be asked about for ever.
         self._cursor.advance(snapshot.job, snapshot.sequence)
-        if job.state in ENDED:
+        if job.state in ENDED or _is_unannounced(job):
             return []
         effects: list[Effect] = []
         job.completed = job.completed or snapshot.completed
@@ -134,7 +134,7 @@ class Liveness:
 
     def _event(self, now: float, job: Job, event: Event) -> list[Effect]:
         """Replica groups are in nobody's roster: what becomes of them changes nothing here."""
-        if (event.epoch, event.sequence) <= job.heard:
+        if (event.epoch, event.sequence) <= job.heard or _is_unannounced(job):
             return []
         job.heard = (event.epoch, event.sequence)
         match event:
@@ -190,6 +190,11 @@ class Liveness:
                 job.sentence = reason
                 effects += self._cluster.tell(job)
         return effects
+
+
+def _is_unannounced(job: Job) -> bool:
+    """The lighthouse has not heard of this job: what it says is of an earlier one of the same name."""
+    return job.generation < 0
 
 
 def _recognise(job: Job, event: QuorumEvent) -> None:
