@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 
+from seamark.protocol.codec import decode, encode
 from seamark.protocol.messages import (
     RANKS,
     Cause,
@@ -34,7 +35,7 @@ from seamark.protocol.messages import (
 from seamarkd.effects import Effect, Publish, Send
 from seamarkd.lighthouse.events import EventLog
 from seamarkd.lighthouse.group import HEARTBEAT_TIMEOUT, PLACEMENT_WINDOW, Group
-from seamarkd.lighthouse.incidents import EVIDENCE_WINDOW
+from seamarkd.lighthouse.incidents import CONSEQUENCES_KEPT, EVIDENCE_WINDOW
 from seamarkd.lighthouse.quorum import Decision, compute_quorum
 
 T = TypeVar("T", bound=Message)
@@ -189,6 +190,21 @@ def test_ten_thousand_joins_are_decided_once(monkeypatch: pytest.MonkeyPatch) ->
         assert len(event.members) == WORLD
         assert decisions == iteration + 1
         bench.fault(0, OWN, iteration)
+
+
+def test_what_ten_thousand_ranks_say_of_one_fault_fits_into_the_message_that_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "WORLD", 10_000)
+    bench = Bench()
+    bench.join(*range(WORLD))
+    bench.said.clear()
+    for rank in range(WORLD):
+        bench.fault(rank, msgspec.structs.replace(COMMUNICATION, text="Connection closed by peer " * 50))
+    bench.join(*range(WORLD))
+    (event,) = bench.published(QuorumEvent)
+    assert len(event.consequences) == CONSEQUENCES_KEPT - 1, "the first was published, for nothing explained it"
+    assert decode(encode(event)) == event
 
 
 def test_a_member_list_travels_once_per_route(bench: Bench) -> None:

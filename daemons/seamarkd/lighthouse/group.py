@@ -206,7 +206,7 @@ class Group:
         failure = loss(now, report, state.slot, self.session.iteration)
         if incident is not None and report.cause.kind == "stuck":
             # Its recovery from this very incident failed: nobody has to be told to restart who is not restarting.
-            incident.consequences.append(failure)
+            incident.add(failure)
             return self.answer_if_ready(now)
         published, opens = self._incidents.lost(now, self.session.iteration, failure)
         effects = [published]

@@ -16,6 +16,9 @@ from seamarkd.lighthouse.events import EventLog
 
 EVIDENCE_WINDOW = 0.1
 """Seconds a communication fault waits for the loss that explains it; a death report takes about a millisecond."""
+CONSEQUENCES_KEPT = 64
+"""Consequences of one incident that are told with the quorum after it: ten thousand ranks say the same of one cause,
+and the message that holds them has to fit into a frame."""
 
 
 class Incident(Struct):
@@ -25,6 +28,13 @@ class Incident(Struct):
     published: bool
     hold_until: float
     consequences: list[Failure] = field(default_factory=list)
+
+    def add(self, failure: Failure) -> None:
+        """A consequence, unless it is known or there are enough."""
+        told = (failure.kind, failure.member, failure.incarnation, failure.cause.kind)
+        known = {(one.kind, one.member, one.incarnation, one.cause.kind) for one in self.consequences}
+        if len(self.consequences) < CONSEQUENCES_KEPT and told not in known:
+            self.consequences.append(failure)
 
 
 class Incidents:
@@ -70,9 +80,7 @@ class Incidents:
         if incident is None:
             incident = self.current = Incident(failure.iteration, False, now + EVIDENCE_WINDOW)
         if incident.published or failure.cause.communication:
-            told = (failure.member, failure.cause.kind)
-            if told not in ((one.member, one.cause.kind) for one in incident.consequences):
-                incident.consequences.append(failure)
+            incident.add(failure)
             return []
         incident.published = True
         return [self.publish(failure)]
