@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from seamark.protocol.codec import decode, encode
 from seamark.protocol.messages import (
     RANKS,
     AbortJob,
@@ -20,6 +21,9 @@ from seamark.protocol.messages import (
     Failure,
     FailureEvent,
     FollowJob,
+    Incident,
+    Incidents,
+    IncidentsRequest,
     JobProgress,
     JobSpec,
     JobStatus,
@@ -413,6 +417,25 @@ def test_people_see_what_the_quorum_waits_for() -> None:
     beat = EventBeat(1, {"job": 0}, {"job": "New quorum waits for job/1"})
     assert bench.core.from_lighthouse(0.0, beat) == [Tell("job")]
     assert bench.job.sentence == "New quorum waits for job/1"
+
+
+def test_the_incidents_of_a_large_job_are_answered_as_far_back_as_a_message_goes() -> None:
+    bench = Bench()
+    bench.run()
+    members = [Member(f"job/{rank}", f"{rank:032x}", rank, f"node-{rank // 8}", rank % 8) for rank in range(1_000)]
+    one = Incident(1, RANKS, 0, [], [], 1, 0.0, members, {}, {}, [])
+    bench.job.incidents.incidents = [replace(one, number=number) for number in range(1, 201)]
+    (answer,) = bench.told(Incidents, bench.send(IncidentsRequest(3, "job"), b"operator"))
+    assert decode(encode(answer)) == answer
+    numbers = [incident.number for incident in answer.incidents]
+    assert numbers == list(range(201 - len(numbers), 201))
+    assert len(numbers) > 10
+    bench.job.incidents.incidents = [replace(one, members=members * 60)]
+    (answer,) = bench.told(Incidents, bench.send(IncidentsRequest(3, "job"), b"operator"))
+    assert len(answer.incidents) == 1
+    bench.job.incidents.incidents = []
+    (answer,) = bench.told(Incidents, bench.send(IncidentsRequest(3, "job"), b"operator"))
+    assert answer.incidents == []
 
 
 def test_an_unknown_job_is_refused() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from seamark.protocol.codec import MAX_BODY
 from seamark.protocol.messages import (
     CoordinatorStatus,
     FollowJob,
+    Incident,
     Incidents,
     IncidentsRequest,
     NodeStatus,
@@ -24,8 +28,12 @@ from seamarkd.effects import Send
 
 FOLLOW_FOR = 10.0
 """Seconds a follower is told of changes without asking again."""
+INCIDENTS_BYTES = MAX_BODY // 2
+"""Of the incidents in one answer: of a large job's thousand the first are left out."""
 ENDED_KEPT = 1_000
 """Ended jobs that are remembered; the oldest are forgotten first."""
+
+_encoded = msgspec.msgpack.Encoder().encode
 
 
 class Operators:
@@ -115,7 +123,7 @@ class Operators:
         job = self._cluster.jobs.get(request.job)
         if job is None:
             return [Send(route, _unknown(request.request, request.job))]
-        return [Send(route, Incidents(request.request, request.job, job.incidents.incidents))]
+        return [Send(route, Incidents(request.request, request.job, _latest(job.incidents.incidents)))]
 
     def stop(self, now: float, route: bytes, request: StopJob) -> list[Effect]:
         """Ends a job now. One that ends already ends as it was to: the same wish again gives its nodes no more time."""
@@ -125,6 +133,14 @@ class Operators:
         ends = job.state in ENDED or (job.state == "STOPPING" and job.outcome != "PENDING")
         effects = [] if ends else self._stops.end(now, job, "CANCELLED", f"stopped: {request.reason}")
         return [*effects, Send(route, status(job, now, request.request))]
+
+
+def _latest(incidents: list[Incident]) -> list[Incident]:
+    """As many as one answer holds; the last one at least."""
+    room, first = INCIDENTS_BYTES, len(incidents)
+    while first > 0 and (room := room - len(_encoded(incidents[first - 1]))) >= 0:
+        first -= 1
+    return incidents[min(first, len(incidents) - 1) :] if incidents else []
 
 
 def _unknown(request: int, job: str) -> Refused:
