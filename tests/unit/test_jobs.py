@@ -14,6 +14,7 @@ from seamark.protocol.messages import (
     AbortJob,
     Acknowledged,
     Beat,
+    BeatAnswer,
     Cause,
     CompletedEvent,
     DrainNode,
@@ -57,6 +58,7 @@ from seamarkd.coordinator.cluster import NODE_SILENT
 from seamarkd.coordinator.core import Coordinator
 from seamarkd.coordinator.effects import Effect, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import FRUITLESS_RESTARTS, Job, record
+from seamarkd.coordinator.sessions import SILENT_KEPT
 from seamarkd.effects import Send
 from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
 
@@ -1155,6 +1157,20 @@ def test_a_node_that_drained_and_went_is_forgotten() -> None:
     bench.now += 30.0
     bench.core.tick(bench.now)
     assert "n1" not in bench.core.nodes
+
+
+def test_a_node_that_is_never_heard_again_is_forgotten_unless_a_job_is_on_it() -> None:
+    bench = Bench()
+    bench.run()
+    bench.hello("n1")
+    bench.now = SILENT_KEPT
+    bench.core.tick(bench.now)
+    assert list(bench.core.nodes) == ["n0", "n1"]
+    bench.now += 1.0
+    bench.core.tick(bench.now)
+    assert list(bench.core.nodes) == ["n0"]
+    (answer,) = bench.told(BeatAnswer, bench.send(Beat("n1", "i", 1)))
+    assert not answer.known, "it introduces itself, and is there again"
 
 
 def test_places_on_a_node_that_drains_and_starts_nobody_go_elsewhere() -> None:

@@ -96,7 +96,7 @@ class Coordinator:
         stops = self._stops = Stops(cluster, self._starts)
         self._losses = Losses(cluster, dispatch, self._starts, stops)
         workers = Workers(cluster, dispatch, self._losses, stops)
-        sessions = Sessions(cluster, dispatch, self._losses, self._starts, stops)
+        sessions = self._sessions = Sessions(cluster, dispatch, self._losses, self._starts, stops)
         operators = Operators(cluster, self._starts, stops)
         self.from_lighthouse = Liveness(cluster, dispatch, self._losses, stops, self._stores).heard
         self.status = operators.status
@@ -206,10 +206,7 @@ class Coordinator:
         """What is repeated, and what is no longer waited for."""
         cluster = self.cluster
         effects: list[Effect] = self._keep_leases(now)
-        gone = {name for name, node in cluster.nodes.items() if node.draining and not cluster.beats(now, name)}
-        for name in gone:
-            # It was left in good order, and is gone.
-            del cluster.nodes[name]
+        gone = self._sessions.forget(now)
         for job in cluster.jobs.values():
             job.followers = {route: until for route, until in job.followers.items() if until > now}
             if job.state == "PENDING" and not cluster.suspended:

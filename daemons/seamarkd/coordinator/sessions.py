@@ -23,6 +23,9 @@ from seamarkd.coordinator.starts import Starts
 from seamarkd.coordinator.stops import Stops
 from seamarkd.effects import Send
 
+SILENT_KEPT = 3_600.0
+"""Seconds without a beat after which a node that no job is on is forgotten; should it beat again, it is new."""
+
 
 class Sessions:
     """The coordinator's side of what it has with each agent.
@@ -79,6 +82,20 @@ class Sessions:
             node.last_beat = now
             wish = self._wish(beat.node)
         return [Send(route, BeatAnswer(self._cluster.epoch, beat.sequence, known)), *wish]
+
+    def forget(self, now: float) -> set[str]:
+        """Nodes that drained and are gone, or that have been silent for long while no job has a place there.
+
+        Returns:
+            The first: they were left in good order.
+        """
+        cluster = self._cluster
+        gone = {name for name, node in cluster.nodes.items() if node.draining and not cluster.beats(now, name)}
+        silent = {name for name, node in cluster.nodes.items() if now - node.last_beat > SILENT_KEPT}
+        used = {slot.node for job in cluster.jobs.values() if job.state not in ENDED for slot in job.slots}
+        for name in gone | (silent - used):
+            del cluster.nodes[name]
+        return gone
 
     def drain(self, now: float, route: bytes, order: DrainNode) -> list[Effect]:
         """A person wants a node to be left, or to serve again."""
