@@ -25,6 +25,7 @@ from seamark.protocol.messages import (
     Incident,
     Incidents,
     IncidentsRequest,
+    JobEnded,
     JobProgress,
     JobSpec,
     JobStatus,
@@ -374,6 +375,16 @@ def test_stopping_a_job_that_waits_ends_it_at_once() -> None:
     bench = Bench(min_nodes=2, max_nodes=2)
     bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
     assert bench.job.state == "CANCELLED"
+
+
+def test_the_lighthouse_hears_of_the_end_of_a_job_once_it_is_durable() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    assert to_the_lighthouse(bench.said, JobEnded) == [], "its workers still run"
+    bench.all_stopped()
+    assert isinstance(bench.said[0], Persist)
+    assert to_the_lighthouse(bench.said, JobEnded) == [JobEnded("job", "once")]
 
 
 def test_who_asks_again_for_the_end_of_a_job_puts_it_off_no_further() -> None:

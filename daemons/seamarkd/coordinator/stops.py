@@ -6,9 +6,9 @@ or waits. Room that it leaves is given to the jobs that want it.
 
 from __future__ import annotations
 
-from seamark.protocol.messages import StopWorkers, StoreAddress, WorkerExited, WorkersStopped
+from seamark.protocol.messages import JobEnded, StopWorkers, StoreAddress, WorkerExited, WorkersStopped
 from seamarkd.coordinator.cluster import NODE_SILENT, STOP_GRACE, SUSPENDED, UNHEARD, Cluster
-from seamarkd.coordinator.effects import Effect, persist
+from seamarkd.coordinator.effects import Effect, ToLighthouse, persist
 from seamarkd.coordinator.job import ENDED, Job, State, standing, success
 from seamarkd.coordinator.policy import decide
 from seamarkd.coordinator.starts import Starts
@@ -108,7 +108,8 @@ class Stops:
         if job.state == "STOPPING":
             job.state = job.outcome
             job.sentence = job.result
-            return [persist(job), *self._cluster.tell(job), *self.use_room(now)]
+            ended = ToLighthouse(JobEnded(job.spec.name, job.submission))
+            return [persist(job), ended, *self._cluster.tell(job), *self.use_room(now)]
         job.incidents.restarted()
         return self._starts.place(now, job)
 

@@ -34,12 +34,18 @@ TEXT_TOLD = 200
 
 
 class EventLog:
-    """Numbers a job's events within one epoch of the lighthouse, without gaps."""
+    """Numbers a job's events within one epoch of the lighthouse, without gaps.
 
-    def __init__(self, job: str, epoch: int) -> None:
+    Args:
+        job: its name.
+        epoch: the lighthouse's.
+        sequence: the numbers begin above it.
+    """
+
+    def __init__(self, job: str, epoch: int, sequence: int = 0) -> None:
         self.job = job
         self.epoch = epoch
-        self.sequence = 0
+        self.sequence = sequence
         self.failures: deque[FailureEvent] = deque(maxlen=RING)
         self.quorums: deque[QuorumEvent] = deque(maxlen=QUORUMS_KEPT)
         self.recoveries: deque[RecoveredEvent] = deque(maxlen=RING)

@@ -120,6 +120,13 @@ class Group:
             effects += self._requests.refuse_one(slot.member, sentence)
         return [*effects, *self.answer_if_ready(now)]
 
+    def end(self) -> None:
+        """Its job has ended, by the coordinator's word: nobody lives, waits or is expected, and nothing is in force."""
+        self.membership.end()
+        self._requests.clear()
+        self._incidents.drop()
+        self._recall.give_up()
+
     # --- after a start of the lighthouse -------------------------------------------------------------------
 
     def recall(self, now: float, last: LastQuorum) -> list[Effect]:

@@ -91,6 +91,11 @@ class Incidents:
             return []
         return self._publish_held(self.current)
 
+    def drop(self) -> None:
+        """Nobody is to be told of any more."""
+        self.current = None
+        self.in_force.clear()
+
     def end(self) -> tuple[list[Effect], Incident | None]:
         """A quorum is answered: evidence that was held till now is published, and no failure is in force any more."""
         incident, self.current = self.current, None

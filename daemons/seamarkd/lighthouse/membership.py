@@ -150,6 +150,11 @@ class Membership:
         self.living.discard(state.slot.member)
         self.expected.pop(state.slot.member, None)
 
+    def end(self) -> None:
+        """Nobody fills any slot, and nobody is expected to."""
+        self.living.clear()
+        self.expected.clear()
+
     def expect_all(self, now: float) -> None:
         """All who live are on their way to a new wrapped call."""
         self.expected = dict.fromkeys(self.living, now + self._start_timeout)

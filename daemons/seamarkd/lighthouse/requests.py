@@ -58,11 +58,15 @@ class Requests:
         self.joins[request.member] = (waiter, request)
         self.completions.pop(request.member, None)
 
+    def clear(self) -> None:
+        """Nobody waits for anything; nobody is told."""
+        self.joins.clear()
+        self.completions.clear()
+
     def _take_all(self) -> dict[str, Waiter]:
         """All who wait for anything; from now on nobody does."""
         waiting = {member: waiter for member, (waiter, _) in self.joins.items()} | self.completions
-        self.joins.clear()
-        self.completions.clear()
+        self.clear()
         return waiting
 
     # --- answers -------------------------------------------------------------------------------------------

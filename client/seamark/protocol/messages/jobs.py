@@ -135,6 +135,15 @@ class Roster(Message, frozen=True):
     """Rises with every change of the slots in a generation."""
 
 
+class JobEnded(Message, frozen=True):
+    """The job has ended, and none of its workers runs: nobody of it is waited for, or lost, any more."""
+
+    type_id = 17
+    direction = "coordinator -> lighthouse"
+    job: Name
+    submission: Short
+
+
 class PrepareJob(Message, frozen=True):
     """Start the job's keeper, which imports torch for seconds, ahead of the roster.
 
