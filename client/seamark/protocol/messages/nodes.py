@@ -8,8 +8,9 @@ from msgspec import Meta
 
 from seamark.protocol.messages.base import Count, Message, Name, Short
 
-ANSWER_EVERY = 5
-"""The lighthouse answers one of so many beats of a known node, and all of a stranger's: half a beat is its answer."""
+ANSWER_EVERY = 10
+"""The lighthouse answers one of so many beats of a known node, and all of a stranger's: an answer costs what three
+beats cost."""
 
 
 class NodeHello(Message, frozen=True):
