@@ -59,6 +59,7 @@ from seamarkd.coordinator.cluster import NODE_SILENT
 from seamarkd.coordinator.core import Coordinator
 from seamarkd.coordinator.effects import Effect, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import FRUITLESS_RESTARTS, Job, record
+from seamarkd.coordinator.operators import ENDED_KEPT
 from seamarkd.coordinator.sessions import SILENT_KEPT
 from seamarkd.effects import Send
 from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
@@ -449,6 +450,17 @@ def test_the_incidents_of_a_large_job_are_answered_as_far_back_as_a_message_goes
     bench.job.incidents.incidents = []
     (answer,) = bench.told(Incidents, bench.send(IncidentsRequest(3, "job"), b"operator"))
     assert answer.incidents == []
+
+
+def test_the_status_of_a_thousand_jobs_that_failed_fits_into_a_message() -> None:
+    bench = Bench()
+    bench.run()
+    bench.job.state, bench.job.log_tail = "FAILED", ["x" * 16_384]
+    bench.core.jobs |= {f"job{number}": bench.job for number in range(ENDED_KEPT)}
+    answer = bench.core.status(bench.now, 1)
+    assert decode(encode(answer)) == answer
+    (one,) = bench.told(JobStatus, bench.send(FollowJob(2, "job"), b"operator"))
+    assert one.log_tail == bench.job.log_tail
 
 
 def test_an_unknown_job_is_refused() -> None:
