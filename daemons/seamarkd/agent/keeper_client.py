@@ -22,7 +22,7 @@ from msgspec import Struct
 
 Message = dict[str, Any]
 
-KEEPER = Path(__file__).with_name("keeper.py")
+KEEPER = Path(__file__).with_name("keeper") / "__main__.py"
 MAX_PACKET_BYTES = 1 << 20
 CONNECT_PAUSE = 0.01
 LOG_TAIL_CHARACTERS = 2000
