@@ -14,7 +14,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct
 
-from seamarkd.agent.core import Job
+from seamarkd.agent.job import Job
 from seamarkd.paths import private
 
 log = logging.getLogger(__name__)

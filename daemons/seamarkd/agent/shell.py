@@ -21,14 +21,12 @@ from seamark.progress import ProgressPage
 from seamark.protocol.keys import Key
 from seamark.protocol.messages import JobProgress, JobSpec, StoreAddress
 from seamarkd.agent import orphans
-from seamarkd.agent.core import (
-    UNCHECKED,
-    Agent,
+from seamarkd.agent.core import Agent
+from seamarkd.agent.effects import (
     Effect,
     EndWorker,
     ForgetExit,
     Introduce,
-    Job,
     Remember,
     SignalWorker,
     StartKeeper,
@@ -36,14 +34,15 @@ from seamarkd.agent.core import (
     StartWorker,
     StopJobHere,
     WatchWorker,
-    Worker,
 )
 from seamarkd.agent.hang import HangWatch, Reading
 from seamarkd.agent.health import HealthChecks, probe, summary
+from seamarkd.agent.job import Job, Worker
 from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
 from seamarkd.agent.keeper_client import Process as KeeperProcess
 from seamarkd.agent.logfiles import LogLimits, LogWatch, log_path, log_tail, remove_outdated
 from seamarkd.agent.memory import Memory, Remembered
+from seamarkd.agent.node import UNCHECKED
 from seamarkd.agent.oom import OomKills, own_counter
 from seamarkd.agent.orphans import Orphan
 from seamarkd.agent.ports import PortsTaken, candidates
@@ -171,9 +170,9 @@ class AgentShell:
         self._health = health
         self._check_now = asyncio.Event()
         if health.checks:
-            self.core.begin_checks()
+            self.core.node.begin_checks()
         if self._draining.exists():
-            self.core.drain(self._draining.read_text())
+            self.core.node.drain(self._draining.read_text())
         self._loop = asyncio.get_running_loop()
         # For a Manager or a listener in a worker; what the job's own environment says goes before it.
         self._lighthouse_environment = {LIGHTHOUSE_ADDRESS: lighthouse, LIGHTHOUSE_EVENTS: events}
@@ -210,10 +209,10 @@ class AgentShell:
 
     async def leave(self, why: str) -> None:
         """This host goes away: its workers are asked to end, and as soon as they have, it serves no longer."""
-        had_jobs = bool(self.core.jobs)
-        self._perform(self.core.drain(why))
+        had_jobs = bool(self.core.node.jobs)
+        self._perform(self.core.node.drain(why))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_until(lambda: not self.core.busy), PREEMPTION_GRACE)
+            await asyncio.wait_for(_until(lambda: not self.core.node.busy), PREEMPTION_GRACE)
         if had_jobs:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._say_last_words(), LAST_WORDS)
@@ -222,7 +221,7 @@ class AgentShell:
 
     async def _say_last_words(self) -> None:
         """A coordinator that restarts a job waits for this node, too: it is to know that all has ended here."""
-        await _until(lambda: not self.core.unheard and not self.core.stopping)
+        await _until(lambda: not self.core.reports and not self.core.node.stopping)
         await _until(self._wires.ask_coordinator())
 
     async def shut_down(self, grace: float) -> None:
@@ -243,7 +242,7 @@ class AgentShell:
             kept.let_go()
 
     async def _adopt(self, remembered: Remembered) -> None:
-        job = self.core.jobs[remembered.job.name] = remembered.job
+        job = self.core.node.jobs[remembered.job.name] = remembered.job
         connecting = self._loop.create_task(
             KeeperClient.connect(
                 remembered.keeper,
@@ -272,7 +271,7 @@ class AgentShell:
             processes = await keeper.list_processes()
         except KeeperError as error:
             log.error("job %s: its keeper is gone (%s): its workers live on without one", job.name, error)
-            self._perform(self.core.keeper_lost(job.name))
+            self._perform(self.core.losses.keeper_lost(job.name))
             self._replace_keeper(job.name, kept, connecting)
         if self._kept.get(job.name) is not kept or kept.ending:
             # It was told meanwhile to end all of it.
@@ -317,7 +316,7 @@ class AgentShell:
             if worker.incarnation in job.workers and worker.incarnation not in kept.processes:
                 self._ended_unseen(job.name, worker)
         if store_lost and roster is not None:
-            self._perform(self.core.store_exited(job.name))
+            self._perform(self.core.stores.exited(job.name))
         self._remember(job.name)
         for held in processes:
             if held.process.kind == "worker" and held.process.status is None:
@@ -353,7 +352,7 @@ class AgentShell:
         path = self._kept[job].logs.pop(worker.incarnation, None)
         tail = log_tail(path) if path is not None and status != 0 else []
         now = time.monotonic()
-        self._perform(self.core.exited(now, job, worker.incarnation, status, now, str(path or ""), tail))
+        self._perform(self.core.losses.exited(now, job, worker.incarnation, status, now, str(path or ""), tail))
 
     def _keep_orphan(self, job: str, kept: Kept, held: Held) -> None:
         incarnation = held.process.incarnation
@@ -396,7 +395,7 @@ class AgentShell:
                     self._spawn(self._end_worker(job, incarnation, grace))
                 case Introduce():
                     self._keep_draining()
-                    if self.core.unhealthy == UNCHECKED:
+                    if self.core.node.unhealthy == UNCHECKED:
                         self._check_now.set()
                 case StartKeeper():
                     self._spawn(self._start_keeper(effect))
@@ -412,8 +411,8 @@ class AgentShell:
     def _keep_draining(self) -> None:
         """An agent that is started anew on this node drains it on."""
         try:
-            if self.core.draining:
-                self._draining.write_text(self.core.draining)
+            if self.core.node.draining:
+                self._draining.write_text(self.core.node.draining)
             else:
                 self._draining.unlink(missing_ok=True)
         except OSError as error:
@@ -428,8 +427,8 @@ class AgentShell:
             except OSError as error:
                 problem = f"its health checks can't be run: {error}"
             if not self._check_now.is_set():
-                before = self.core.unhealthy
-                self._perform(self.core.checked(problem))
+                before = self.core.node.unhealthy
+                self._perform(self.core.node.checked(problem))
                 if problem and problem != before:
                     log.error("this node takes no more jobs: %s", problem)
                 elif before and not problem:
@@ -438,7 +437,7 @@ class AgentShell:
                 await asyncio.wait_for(self._check_now.wait(), self._health.interval)
 
     def _remember(self, name: str) -> None:
-        job = self.core.jobs.get(name)
+        job = self.core.node.jobs.get(name)
         if job is None:
             self._memory.forget(name)
             return
@@ -458,7 +457,7 @@ class AgentShell:
     def _keeper(self, job: str) -> Kept:
         kept = self._kept.get(job)
         if kept is None:
-            Path(self.core.spec(job).log_dir).mkdir(parents=True, exist_ok=True)
+            Path(self.core.node.spec(job).log_dir).mkdir(parents=True, exist_ok=True)
             socket = str(self._run_directory / f"keeper-{secrets.token_hex(3)}")
             kept = self._kept[job] = Kept(self._loop.create_task(self._spawn_keeper(job, socket)), socket)
             self._remember(job)
@@ -470,10 +469,10 @@ class AgentShell:
         try:
             await self._keeper(order.job).keeper
         except (KeeperError, OSError) as error:
-            self._perform(self.core.prepare_failed(order.job, str(error)))
+            self._perform(self.core.stores.failed(order.job, str(error)))
 
     async def _spawn_keeper(self, job: str, socket: str) -> KeeperClient:
-        spec = self.core.spec(job)
+        spec = self.core.node.spec(job)
         keeper_log, _ = _other_logs(spec)
         self._watch_logs(job)
         hears: dict[str, Any] = {
@@ -512,7 +511,7 @@ class AgentShell:
         # One that was never ready has no process, and is awaited by whoever wanted it.
         if lost.done() and not lost.cancelled() and lost.exception() is None and not lost.result().superseded:
             self._orphan_all(job, kept)
-            self._perform(self.core.keeper_lost(job))
+            self._perform(self.core.losses.keeper_lost(job))
             self._replace_keeper(job, kept, lost)
 
     async def _start_worker(self, order: StartWorker) -> None:
@@ -530,7 +529,7 @@ class AgentShell:
             return
         if held is not None and kept.keeper is not connecting:
             self._keep_orphan(order.job, kept, held)
-            self._perform(self.core.keeper_lost(order.job))
+            self._perform(self.core.losses.keeper_lost(order.job))
 
     def _not_started(self, order: StartWorker, why: str) -> None:
         """For policy and budget it has a place and has ended."""
@@ -539,12 +538,14 @@ class AgentShell:
             return
         log.error("job %s: can't start %s: %s", order.job, order.member, why)
         path, now = kept.logs.pop(order.incarnation, None), time.monotonic()
-        tail = [f"node {self.core.node}: {why}"]
-        self._perform(self.core.exited(now, order.job, order.incarnation, NOT_STARTED, now, str(path or ""), tail))
+        tail = [f"node {self.core.node.name}: {why}"]
+        self._perform(
+            self.core.losses.exited(now, order.job, order.incarnation, NOT_STARTED, now, str(path or ""), tail)
+        )
 
     async def _fork(self, keeper: KeeperClient, kept: Kept, order: StartWorker) -> Held | None:
         """The new process; None if it has ended already, or is wanted no more."""
-        job = self.core.jobs.get(order.job)
+        job = self.core.node.jobs.get(order.job)
         worker = job.workers.get(order.incarnation) if job is not None else None
         if job is None or worker is None:
             return None
@@ -580,7 +581,7 @@ class AgentShell:
         watch = self._watch(order.job, held, page)
         kept.processes[order.incarnation] = Process(held, page, watch)
         pid, forked_at = held.process.pid, held.process.forked_at
-        self._perform(self.core.worker_started(time.monotonic(), order.job, order.incarnation, pid, forked_at))
+        self._perform(self.core.places.worker_started(time.monotonic(), order.job, order.incarnation, pid, forked_at))
         await self._release(keeper, held.process)
         return held
 
@@ -591,7 +592,7 @@ class AgentShell:
             await keeper.release(process.slot, process.incarnation)
 
     def _watch_logs(self, job: str) -> None:
-        self._log_watch.watch(job, (*_other_logs(self.core.spec(job)), *self._kept[job].logs.values()))
+        self._log_watch.watch(job, (*_other_logs(self.core.node.spec(job)), *self._kept[job].logs.values()))
 
     def _watch(self, job: str, held: Held, page: ProgressPage) -> DeathWatch:
         incarnation = held.process.incarnation
@@ -611,20 +612,20 @@ class AgentShell:
     def _dying(self, job: str, incarnation: str, how: How, at: float) -> None:
         # The end of the process itself tells nothing that its exit status, on its way, doesn't tell better.
         if how != "pidfd":
-            self._perform(self.core.dying(time.monotonic(), job, incarnation, how, at))
+            self._perform(self.core.losses.dying(time.monotonic(), job, incarnation, how, at))
 
     def _exited(self, job: str, ended: KeeperProcess) -> None:
         kept = self._kept.get(job)
         if kept is None or ended.status is None:
             return
-        reported = self.core.runs(job, ended.incarnation)
+        reported = self.core.node.runs(job, ended.incarnation)
         if ended.slot == STORE_SLOT:
             if kept.store_process is not None and kept.store_process.process.incarnation == ended.incarnation:
                 kept.store_process.close()
                 kept.keep_store(None)
             if ended.incarnation == kept.store and not kept.ending:
                 log.warning("job %s: the TCPStore service ended with status %d, starting another", job, ended.status)
-                self._perform(self.core.store_exited(job))
+                self._perform(self.core.stores.exited(job))
         else:
             process = kept.processes.pop(ended.incarnation, None)
             if process is None:
@@ -637,7 +638,7 @@ class AgentShell:
             tail = log_tail(path) if path is not None and ended.status != 0 else []
             now = time.monotonic()
             at = ended.at if ended.at is not None else now
-            effects = self.core.exited(
+            effects = self.core.losses.exited(
                 now,
                 job,
                 ended.incarnation,
@@ -680,7 +681,7 @@ class AgentShell:
             # Not to its children: a DataLoader's workers that die of it would fail the training before it has saved.
             await self._signal(job, incarnation, signal.SIGTERM, group=False)
             await asyncio.sleep(grace)
-            if not self.core.is_to_end(job, incarnation):
+            if not self.core.node.is_to_end(job, incarnation):
                 return
         # It has no effect on who has ended meanwhile: the keeper goes by the incarnation.
         await self._signal(job, incarnation, signal.SIGKILL)
@@ -688,7 +689,7 @@ class AgentShell:
     # --- the store -----------------------------------------------------------------------------------------
 
     async def _start_store(self, order: StartStore) -> None:
-        again = self.core.jobs[order.job].master_port != 0
+        again = self.core.node.jobs[order.job].master_port != 0
         detected_at = time.monotonic()
         kept = connecting = None
         try:
@@ -700,27 +701,27 @@ class AgentShell:
                 # Its keeper was killed; the next one knows of no store.
                 self._spawn(self._start_store(order))
                 return
-            self._perform(self.core.prepare_failed(order.job, str(error)))
+            self._perform(self.core.stores.failed(order.job, str(error)))
             return
         kept.store = order.incarnation
         kept.keep_store(held)
         if kept.keeper is not connecting:
             self._keep_orphan(order.job, kept, held)
         if again:
-            self._perform(self.core.store_restarted(time.monotonic(), order.job, detected_at))
+            self._perform(self.core.stores.restarted(time.monotonic(), order.job, detected_at))
         else:
             self._store_listens(order.job, held.process)
 
     def _store_listens(self, job: str, process: KeeperProcess) -> None:
         assert process.port is not None
         address = StoreAddress(self._host, process.port, process.incarnation)
-        self._perform(self.core.store_started(job, address, process.port - STORE_OFFSET))
+        self._perform(self.core.stores.started(job, address, process.port - STORE_OFFSET))
 
     async def _listen(self, keeper: KeeperClient, order: StartStore) -> Held:
         """Starts the store on the first free pair of ports."""
-        spec = self.core.spec(order.job)
+        spec = self.core.node.spec(order.job)
         _, store_log = _other_logs(spec)
-        again = self.core.jobs[order.job].master_port
+        again = self.core.node.jobs[order.job].master_port
         for port in [again] if again else candidates(self._host, order.fixed):
             try:
                 held = await keeper.start_store(
@@ -807,7 +808,7 @@ class AgentShell:
                 if verdict is not None:
                     log.warning("job %s: %s: %s", name, process.held.process.slot, verdict.text)
                     grace = reading.timeouts.grace
-                    self._perform(self.core.hangs(now, name, incarnation, reading.iteration, verdict, grace))
+                    self._perform(self.core.losses.hangs(now, name, incarnation, reading.iteration, verdict, grace))
         return HANG_INTERVAL
 
 
