@@ -20,10 +20,11 @@ from typing import Any
 
 from msgspec import Struct
 
+from seamarkd.agent.keeper.requests import MAX_PACKET_BYTES
+
 Message = dict[str, Any]
 
 KEEPER = Path(__file__).with_name("keeper") / "__main__.py"
-MAX_PACKET_BYTES = 1 << 20
 CONNECT_PAUSE = 0.01
 LOG_TAIL_CHARACTERS = 2000
 _SPACE_FOR_TWO = socket.CMSG_SPACE(2 * array.array("i").itemsize)
