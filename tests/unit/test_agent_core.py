@@ -402,6 +402,18 @@ def test_living_workers_are_taken_up_and_nobody_is_started() -> None:
     assert [one.incarnation for one in to_lighthouse(agent.registered(NOW), MemberStarted)] == ["i0", "i1"]
 
 
+def test_a_worker_that_is_to_end_while_it_is_being_forked_is_killed_as_soon_as_it_is_there() -> None:
+    """The order to kill it found no process."""
+    numbers = itertools.count()
+    agent = Agent("here", lambda: f"i{next(numbers)}")
+    agent.from_coordinator(NOW, roster())
+    ordered = [one for one in agent.from_coordinator(NOW, roster(1)) if isinstance(one, SignalWorker)]
+    assert [(one.incarnation, one.signum) for one in ordered] == [("i0", signal.SIGKILL), ("i1", signal.SIGKILL)]
+    assert ordered[0] in agent.places.worker_started(NOW, "job", "i0", 100, NOW)
+    kills = [one for one in agent.places.worker_started(NOW, "job", "i2", 102, NOW) if isinstance(one, SignalWorker)]
+    assert kills == [], "one of the generation that runs"
+
+
 def test_how_a_worker_ended_and_that_it_has_no_keeper_is_written_down() -> None:
     bench = Bench()
     assert bench.agent.losses.keeper_lost("job") == [Remember("job")]

@@ -66,7 +66,10 @@ class Places:
         worker.pid = pid
         worker.forked_at = forked_at
         effects: list[Effect] = [Remember(job_name), self.started(now, job_name, worker)]
-        if self._node.draining and not worker.lost and not worker.ordered:
+        if worker.ordered:
+            # It was on its way when it was to be killed, and could not be reached.
+            effects.append(SignalWorker(job_name, worker.member, incarnation, signal.SIGKILL))
+        elif self._node.draining and not worker.lost:
             # It was on its way when the others were asked.
             effects.append(EndWorker(job_name, incarnation, PREEMPTION_GRACE))
         return effects

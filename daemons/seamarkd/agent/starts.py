@@ -144,7 +144,8 @@ class Starts:
         self.take_in(order.job, kept, held)
         pid, forked_at = held.process.pid, held.process.forked_at
         self._perform(self._core.places.worker_started(time.monotonic(), order.job, order.incarnation, pid, forked_at))
-        await self.release(keeper, held.process)
+        if not worker.ordered:
+            await self.release(keeper, held.process)
         return held
 
     def _not_started(self, order: StartWorker, why: str) -> None:
