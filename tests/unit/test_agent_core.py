@@ -392,6 +392,18 @@ def test_a_worker_started_just_before_the_end_is_reported() -> None:
     assert [(one.incarnation, one.pid, one.replaces) for one in reported][-1] == ("i2", 102, "i0")
 
 
+def test_an_agent_killed_before_its_old_workers_were_leaves_none_of_them_alive() -> None:
+    """Ordered by the roster of the next generation: one of them lives, one was never forked."""
+    bench = Bench()
+    bench.agent.from_coordinator(NOW, roster(1))
+    agent = Agent("here", lambda: "new")
+    effects = agent.adopt(NOW, remembered(bench), known("i0", "i2", "i3"))
+    assert effects == [SignalWorker("job", "job/0", "i0", signal.SIGKILL)]
+    assert list(agent.node.jobs["job"].workers) == ["i0", "i2", "i3"], "of the other nothing will ever be heard"
+    agent.losses.exited(NOW, "job", "i0", -9, NOW, "", [])
+    assert [one.generation for one in agent.node.jobs["job"].workers.values()] == [1, 1]
+
+
 def test_living_workers_are_taken_up_and_nobody_is_started() -> None:
     bench = Bench()
     agent = Agent("here", lambda: "new")

@@ -8,6 +8,7 @@ daemon stands between a death and the fork of its replacement. Knows no socket, 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
@@ -45,6 +46,7 @@ from seamarkd.agent.door import Door
 from seamarkd.agent.effects import (
     Effect,
     EndWorker,
+    SignalWorker,
     StartStore,
     StartWorker,
     StopJobHere,
@@ -193,9 +195,11 @@ class Agent:
         effects: list[Effect] = []
         for worker in list(job.workers.values()):
             worker.pid, worker.forked_at = known.get(worker.incarnation, (worker.pid, worker.forked_at))
-            if worker.ordered or worker.lost:
+            if worker.ordered:
+                effects += self._end_again(job, worker, there=worker.incarnation in known)
+            elif worker.lost:
                 continue
-            if worker.incarnation not in known:
+            elif worker.incarnation not in known:
                 effects += self._start_again(now, job, worker)
             elif self.node.draining:
                 effects.append(EndWorker(job.name, worker.incarnation, PREEMPTION_GRACE))
@@ -205,6 +209,14 @@ class Agent:
             order = job.stopping
             effects.append(StopJobHere(job.name, order.generation, order.grace, order.final))
         return effects
+
+    def _end_again(self, job: Job, worker: Worker, *, there: bool) -> list[Effect]:
+        """It was to end, and the order may have ended with the agent that had it."""
+        if not there:
+            del job.workers[worker.incarnation]
+        elif job.stopping is None:
+            return [SignalWorker(job.name, worker.member, worker.incarnation, signal.SIGKILL)]
+        return []
 
     def _start_again(self, now: float, job: Job, worker: Worker) -> list[Effect]:
         if not self.node.draining:
