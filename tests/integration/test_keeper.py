@@ -782,6 +782,22 @@ def test_a_terminated_keeper_ends_its_workers_and_a_killed_one_does_not(director
     play(scenario())
 
 
+def test_a_full_disk_keeps_no_keeper_from_ending_its_workers(directory: Path) -> None:
+    """It says in its log that it was terminated, or would."""
+
+    async def scenario() -> None:
+        (directory / "keeper.log").symlink_to("/dev/full")
+        async with keeper(directory) as session:
+            held = await session.start("worker", session.script("import signal; signal.pause()"))
+            os.kill(session.client.ready.pid, signal.SIGTERM)
+            assert (await session.next_exit()).status == -signal.SIGTERM
+            await until(lambda: not running(session.client.ready.pid), "the keeper to end")
+            assert not running(held.process.pid)
+            assert not (directory / "keeper").exists(), "it ended in good order"
+
+    play(scenario())
+
+
 # -- agents --------------------------------------------------------------------------------------------------
 
 
