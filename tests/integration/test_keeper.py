@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -827,6 +828,26 @@ def test_two_keepers_do_not_share_a_socket(directory: Path) -> None:
                 await Session(directory).spawn()
             assert await session.client.list_processes() == []
             assert (directory / "keeper").stat().st_mode & 0o777 == 0o600
+
+    play(scenario())
+
+
+def test_a_keeper_without_descriptors_serves_its_agent_and_hears_others_later(directory: Path) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            pid = session.client.ready.pid
+            usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            used = {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")}
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(used) + 1)) - used), usual[1]))
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+                raw.settimeout(DEADLINE)
+                raw.connect(str(directory / "keeper"))
+                raw.send(b'{"type": "hello", "id": 1, "epoch": 0}')
+                log = directory / "keeper.log"
+                await until(lambda: "raise the limit of open files" in log.read_text(), "the keeper to say so")
+                assert await session.client.list_processes() == []
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
+                assert json.loads(raw.recv(1 << 20))["code"] == "old_epoch"
 
     play(scenario())
 

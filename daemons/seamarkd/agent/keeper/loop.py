@@ -27,6 +27,8 @@ from .stop import Left, Signal, Stop
 FIRST_AGENT_SECONDS = 60.0
 LINGER_GRACE_SECONDS = 5.0
 SIGTERM_GRACE_SECONDS = 10.0
+# Without a descriptor for whoever wants to connect, how long until it is tried again.
+DEAF_SECONDS = 0.5
 
 
 class Keeper:
@@ -54,6 +56,7 @@ class Keeper:
         self._preloaded = preloaded
         self._linger = linger
         self._alone_until = None if linger is None else time.monotonic() + max(linger, FIRST_AGENT_SECONDS)
+        self._deaf_until = 0.0
         self._connections: dict[int, Connection] = {}
         self._agent: Connection | None = None
         self._epoch = 0
@@ -130,18 +133,27 @@ class Keeper:
 
     def _wait(self) -> list[int]:
         poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
         poll.register(self._wakeup, select.POLLIN)
         for fd, connection in self._connections.items():
             poll.register(fd, connection.events)
         now = time.monotonic()
         pauses = [] if self._alone_until is None else [self._alone_until - now]
+        if now < self._deaf_until:
+            pauses.append(self._deaf_until - now)
+        else:
+            poll.register(self._listener, select.POLLIN)
         if self._stop is not None:
             pauses.append(self._stop.pause(now))
         return [fd for fd, _ in poll.poll(max(0.0, min(pauses)) * 1000 if pauses else None)]
 
     def _accept(self) -> None:
-        sock, _ = self._listener.accept()
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            # Whoever waits there goes on waiting, and the listener readable.
+            self._deaf_until = time.monotonic() + DEAF_SECONDS
+            say(f"can't accept a connection: {error.strerror}: raise the limit of open files (ulimit -n)")
+            return
         _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in (0, os.getuid()):
             say(f"refused a connection by user {uid}")
