@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -848,6 +849,26 @@ def test_a_keeper_without_descriptors_serves_its_agent_and_hears_others_later(di
                 assert await session.client.list_processes() == []
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
                 assert json.loads(raw.recv(1 << 20))["code"] == "old_epoch"
+
+    play(scenario())
+
+
+def test_an_agent_that_asks_and_does_not_read_is_held_up_alone(directory: Path) -> None:
+    """It is stopped, say; what it asks for meanwhile must not pile up here."""
+
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+                raw.connect(str(directory / "keeper"))
+                raw.setblocking(False)
+                asked = 0
+                while select.select([], [raw], [], 1.0)[1]:
+                    asked += 1
+                    assert asked < 100_000, "the kernel holds some thousands of so small packets"
+                    raw.send(json.dumps({"type": "list", "id": asked}).encode())
+                assert await session.client.list_processes() == []
+                raw.settimeout(DEADLINE)
+                assert [json.loads(raw.recv(1 << 20))["id"] for _ in range(asked)] == list(range(1, asked + 1))
 
     play(scenario())
 

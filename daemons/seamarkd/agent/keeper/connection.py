@@ -25,12 +25,23 @@ class Connection:
             sock.setsockopt(socket.SOL_SOCKET, option, 2 * MAX_PACKET_BYTES)
 
     @property
+    def backlog(self) -> bool:
+        """Whether the peer has yet to read what it was sent. So long it is not read from: what waits is bounded."""
+        return bool(self._unsent)
+
+    @property
     def events(self) -> int:
-        return select.POLLIN | (select.POLLOUT if self._unsent else 0)
+        return select.POLLOUT if self.backlog else select.POLLIN
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         # Duplicates: a record may be forgotten, and its descriptors closed, while its packet waits.
-        self._unsent.append((json.dumps(message).encode(), [os.dup(fd) for fd in fds]))
+        duplicates: list[int] = []
+        try:
+            duplicates += map(os.dup, fds)
+        except OSError:
+            close_all(duplicates)
+            raise
+        self._unsent.append((json.dumps(message).encode(), duplicates))
         self.flush()
 
     def flush(self) -> None:

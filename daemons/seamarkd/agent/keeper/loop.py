@@ -163,6 +163,8 @@ class Keeper:
 
     def _receive(self, connection: Connection) -> Forked | None:
         connection.flush()
+        if connection.backlog:
+            return None
         try:
             packet = connection.sock.recv(MAX_PACKET_BYTES + 1)
         except BlockingIOError:
