@@ -445,6 +445,25 @@ def test_start_is_idempotent(directory: Path) -> None:
     play(scenario())
 
 
+def test_a_start_that_was_answered_too_late_is_undone(directory: Path) -> None:
+    """The keeper was stopped, or its host was busy, and nobody would have released the worker."""
+
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            script = session.script("import signal; signal.pause()")
+            os.kill(session.client.ready.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(KeeperError, match="did not answer 'start'") as refusal:
+                    await session.start("late", script, held=True, timeout=0.1)
+            finally:
+                os.kill(session.client.ready.pid, signal.SIGCONT)
+            assert refusal.value.code == "timeout"
+            exited = await session.next_exit()
+            assert (exited.slot, exited.status) == ("late", -signal.SIGKILL)
+
+    play(scenario())
+
+
 def test_what_cannot_be_started_is_refused_in_a_sentence(directory: Path) -> None:
     async def scenario() -> None:
         async with keeper(directory) as session:

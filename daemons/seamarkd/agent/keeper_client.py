@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -271,6 +273,8 @@ class KeeperClient:
     ) -> Held:
         """Start a worker; asked again for the same slot and incarnation, the same answer.
 
+        One that it can't tell of, in time or for want of descriptors, is killed as soon as it is there.
+
         Args:
             slot: whose place it takes.
             incarnation: the id of this start.
@@ -301,7 +305,7 @@ class KeeperClient:
             "cpus": list(cpus),
             "held": held,
         }
-        return _held(await self._ask(request, timeout))
+        return await self._start(request, timeout)
 
     async def release(self, slot: str, incarnation: str, *, timeout: float = REQUEST_TIMEOUT) -> None:
         """Let a worker run that was started as held; again, it has no effect.
@@ -348,7 +352,7 @@ class KeeperClient:
             "env": dict(env),
             "log": log,
         }
-        return _held(await self._ask(request, timeout))
+        return await self._start(request, timeout)
 
     async def signal(
         self,
@@ -434,6 +438,18 @@ class KeeperClient:
         self._lose("the connection to the keeper was closed here")
 
     # -- requests and answers --------------------------------------------------------------------------------
+
+    async def _start(self, request: Message, timeout: float) -> Held:
+        try:
+            return _held(await self._ask(request, timeout))
+        except KeeperError as error:
+            if error.code in ("timeout", "system"):
+                # It may run, or will once the keeper comes to it, and nobody would ever look after it.
+                process = {"slot": request["slot"], "incarnation": request["incarnation"]}
+                with contextlib.suppress(KeeperError):
+                    order = {"type": "signal", **process, "signum": int(signal.SIGKILL), "group": True}
+                    self._end(self._begin(order)[0])
+            raise
 
     async def _hello(self, epoch: int, timeout: float) -> None:
         answer = (await self._ask({"type": "hello", "epoch": epoch}, timeout)).message
