@@ -819,6 +819,22 @@ def test_a_full_disk_keeps_no_keeper_from_ending_its_workers(directory: Path) ->
     play(scenario())
 
 
+def test_a_keeper_that_was_killed_a_moment_ago_cannot_be_asked_to_stop(directory: Path) -> None:
+    """Before this end has heard of it."""
+
+    async def scenario() -> None:
+        session = Session(directory)
+        await session.spawn()
+        os.kill(session.client.ready.pid, signal.SIGKILL)
+        os.waitpid(session.client.ready.pid, 0)
+        with pytest.raises(KeeperError) as refusal:
+            await session.client.stop(0)
+        assert refusal.value.code == "closed"
+        session.client.close()
+
+    play(scenario())
+
+
 # -- agents --------------------------------------------------------------------------------------------------
 
 

@@ -423,7 +423,10 @@ class KeeperClient:
         if not final:
             return list((await self._ask(request, timeout)).message["left"])
         self._on_closed = lambda _: None
-        keeper = os.pidfd_open(self.ready.pid)
+        try:
+            keeper = os.pidfd_open(self.ready.pid)
+        except ProcessLookupError:
+            raise KeeperError("closed", "the keeper has ended already") from None
         try:
             left = list((await self._ask(request, timeout)).message["left"])
             await self._until_gone(keeper, timeout)
