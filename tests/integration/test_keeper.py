@@ -25,7 +25,8 @@ import pytest
 
 from seamark.progress import Canaries, ProgressPage, create, incarnation_hash
 from seamarkd.agent import watch
-from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError, Process
+from seamarkd.agent.keeper_answers import Held, KeeperError, Process
+from seamarkd.agent.keeper_client import KeeperClient
 from seamarkd.agent.watch import DeathWatch
 
 pytestmark = pytest.mark.integration

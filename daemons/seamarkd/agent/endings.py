@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from seamarkd.agent.core import Agent
-from seamarkd.agent.effects import Effect
+from seamarkd.agent.ground import Ground
 from seamarkd.agent.job import Worker
-from seamarkd.agent.keeper_client import Held, KeeperError, Process
-from seamarkd.agent.kept import Kept, KeptJobs
+from seamarkd.agent.keeper_answers import Held, KeeperError, Process
+from seamarkd.agent.kept import Kept
 from seamarkd.agent.logfiles import log_tail
 from seamarkd.agent.oom import OomKills
 from seamarkd.agent.orphans import Orphan
-from seamarkd.agent.tasks import Tasks
 from seamarkd.exits import UNKNOWN_STATUS
 
 log = logging.getLogger(__name__)
@@ -29,23 +26,12 @@ class Endings:
     """The ends of one node's processes.
 
     Args:
-        core, jobs, tasks: the agent's.
-        perform: carries out what the core says.
+        ground: what it stands on.
         oom_kills: whom the kernel has ended for want of memory.
     """
 
-    def __init__(
-        self,
-        core: Agent,
-        jobs: KeptJobs,
-        tasks: Tasks,
-        perform: Callable[[list[Effect]], None],
-        oom_kills: OomKills,
-    ) -> None:
-        self._core = core
-        self._jobs = jobs
-        self._tasks = tasks
-        self._perform = perform
+    def __init__(self, ground: Ground, oom_kills: OomKills) -> None:
+        self._core, self._jobs, self._tasks, self._perform = ground
         self._oom_kills = oom_kills
 
     def exited(self, job: str, ended: Process) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from seamarkd.agent.core import Agent
-from seamarkd.agent.effects import Effect, StartKeeper
+from seamarkd.agent.effects import StartKeeper
 from seamarkd.agent.endings import Endings
-from seamarkd.agent.keeper_client import KeeperClient, KeeperError
-from seamarkd.agent.kept import Kept, KeptJobs, other_logs
+from seamarkd.agent.ground import Ground
+from seamarkd.agent.keeper_answers import KeeperError
+from seamarkd.agent.keeper_client import KeeperClient
+from seamarkd.agent.kept import Kept, other_logs
 
 log = logging.getLogger(__name__)
 
@@ -22,28 +22,15 @@ class Keepers:
     """Those of one agent.
 
     Args:
-        core, jobs: the agent's.
-        perform: carries out what the core says.
+        ground: what it stands on.
         endings: what hears of exits.
         directory: where they listen, mode 0700.
         epoch: rises with every start of this agent; keepers obey the highest.
         linger: seconds they wait for another agent when this one is gone; None for ever.
     """
 
-    def __init__(
-        self,
-        core: Agent,
-        jobs: KeptJobs,
-        perform: Callable[[list[Effect]], None],
-        endings: Endings,
-        *,
-        directory: Path,
-        epoch: int,
-        linger: float | None,
-    ) -> None:
-        self._core = core
-        self._jobs = jobs
-        self._perform = perform
+    def __init__(self, ground: Ground, endings: Endings, *, directory: Path, epoch: int, linger: float | None) -> None:
+        self._core, self._jobs, _, self._perform = ground
         self._endings = endings
         self._directory = directory
         self._epoch = epoch

@@ -10,7 +10,8 @@ from pathlib import Path
 from msgspec import Struct, field
 
 from seamark.protocol.messages import JobSpec
-from seamarkd.agent.keeper_client import Held, KeeperClient
+from seamarkd.agent.keeper_answers import Held
+from seamarkd.agent.keeper_client import KeeperClient
 from seamarkd.agent.logfiles import LogWatch
 from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.node import Node

@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable
 
 from seamark.protocol.messages import JobProgress
-from seamarkd.agent.core import Agent
-from seamarkd.agent.effects import Effect
-from seamarkd.agent.kept import KeptJobs
+from seamarkd.agent.ground import Ground
 
 log = logging.getLogger(__name__)
 
@@ -21,21 +19,12 @@ class Lookout:
     """That of one node.
 
     Args:
-        core, jobs: the agent's.
-        perform: carries out what the core says.
+        ground: what it stands on.
         tell: sends to the coordinator.
     """
 
-    def __init__(
-        self,
-        core: Agent,
-        jobs: KeptJobs,
-        perform: Callable[[list[Effect]], None],
-        tell: Callable[[JobProgress], None],
-    ) -> None:
-        self._core = core
-        self._jobs = jobs
-        self._perform = perform
+    def __init__(self, ground: Ground, tell: Callable[[JobProgress], None]) -> None:
+        self._core, self._jobs, _, self._perform = ground
         self._tell = tell
 
     def report_progress(self) -> float:

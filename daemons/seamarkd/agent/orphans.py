@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from seamark.progress import MEMFD_NAME, PAGE_SIZE
 from seamarkd.agent.keeper.processes import stat_fields
-from seamarkd.agent.keeper_client import Held, Process
+from seamarkd.agent.keeper_answers import Held, Process
 from seamarkd.agent.workers import runs_since
 from seamarkd.exits import UNKNOWN_STATUS
 

@@ -29,6 +29,7 @@ from seamarkd.agent.effects import (
 )
 from seamarkd.agent.endings import Endings
 from seamarkd.agent.fitness import Fitness
+from seamarkd.agent.ground import Ground
 from seamarkd.agent.health import HealthChecks
 from seamarkd.agent.keepers import Keepers
 from seamarkd.agent.kept import KeptJobs
@@ -90,8 +91,8 @@ class AgentShell:
         self._slots = slots
         self._memory = Memory(run_directory / "jobs")
         self._log_watch = LogWatch(logs.max_bytes)
-        self._tasks = tasks = Tasks()
-        self._jobs = jobs = KeptJobs(core.node, self._memory, self._log_watch)
+        self._tasks = Tasks()
+        self._jobs = KeptJobs(core.node, self._memory, self._log_watch)
         self._fitness = Fitness(core.node, self._perform, health, run_directory / "draining")
         self._wires = Wires(
             context,
@@ -103,16 +104,12 @@ class AgentShell:
             coordinator=coordinator,
             key=key,
         )
+        ground = Ground(core, self._jobs, self._tasks, self._perform)
         oom_kills = OomKills(own_counter(Path("/proc/self/cgroup").read_text()))
-        self._endings = endings = Endings(core, jobs, tasks, self._perform, oom_kills)
-        self._keepers = keepers = Keepers(
-            core, jobs, self._perform, endings, directory=run_directory, epoch=epoch, linger=linger
-        )
+        self._endings = endings = Endings(ground, oom_kills)
+        self._keepers = keepers = Keepers(ground, endings, directory=run_directory, epoch=epoch, linger=linger)
         self._starts = starts = Starts(
-            core,
-            jobs,
-            tasks,
-            self._perform,
+            ground,
             keepers,
             endings,
             limits=logs,
@@ -123,10 +120,10 @@ class AgentShell:
             # This one goes before: the job's was written on the host of the person who submitted it.
             after={SECURITY_KEYS: str(keys)} if keys is not None else {},
         )
-        self._store_starts = StoreStarts(core, tasks, self._perform, keepers, endings, host)
-        self._stops = Stops(core, jobs, self._perform, endings)
-        self._take_up = TakeUp(core, jobs, tasks, self._perform, keepers, endings, starts, self._store_starts)
-        self._lookout = Lookout(core, jobs, self._perform, self._wires.tell_coordinator)
+        self._store_starts = StoreStarts(ground, keepers, endings, host)
+        self._stops = Stops(ground, endings)
+        self._take_up = TakeUp(ground, keepers, endings, starts, self._store_starts)
+        self._lookout = Lookout(ground, self._wires.tell_coordinator)
 
     async def start(self) -> None:
         """Takes up what an earlier start of this agent left, and introduces itself to the other daemons.

@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from seamark.progress import ProgressPage
-from seamarkd.agent.core import Agent
-from seamarkd.agent.effects import Effect, StartWorker
+from seamarkd.agent.effects import StartWorker
 from seamarkd.agent.endings import Endings
-from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError
-from seamarkd.agent.keeper_client import Process as KeeperProcess
+from seamarkd.agent.ground import Ground
+from seamarkd.agent.keeper_answers import Held, KeeperError
+from seamarkd.agent.keeper_answers import Process as KeeperProcess
+from seamarkd.agent.keeper_client import KeeperClient
 from seamarkd.agent.keepers import Keepers
-from seamarkd.agent.kept import Kept, KeptJobs, Process
+from seamarkd.agent.kept import Kept, Process
 from seamarkd.agent.logfiles import LogLimits, log_path, remove_outdated
-from seamarkd.agent.tasks import Tasks
 from seamarkd.agent.watch import How
 from seamarkd.agent.watched import Watched
 from seamarkd.agent.workers import cpus, environment, threads_per_worker
@@ -30,8 +30,7 @@ class Starts:
     """Those of one node's workers.
 
     Args:
-        core, jobs, tasks: the agent's.
-        perform: carries out what the core says.
+        ground: what it stands on.
         keepers: whom to ask.
         endings: what hears of exits.
         limits: how much of the workers' output is kept.
@@ -43,10 +42,7 @@ class Starts:
 
     def __init__(
         self,
-        core: Agent,
-        jobs: KeptJobs,
-        tasks: Tasks,
-        perform: Callable[[list[Effect]], None],
+        ground: Ground,
         keepers: Keepers,
         endings: Endings,
         *,
@@ -56,10 +52,7 @@ class Starts:
         before: Mapping[str, str],
         after: Mapping[str, str],
     ) -> None:
-        self._core = core
-        self._jobs = jobs
-        self._tasks = tasks
-        self._perform = perform
+        self._core, self._jobs, self._tasks, self._perform = ground
         self._keepers = keepers
         self._endings = endings
         self._log_limits = limits

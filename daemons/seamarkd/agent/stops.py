@@ -7,13 +7,12 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable
 
-from seamarkd.agent.core import Agent
-from seamarkd.agent.effects import Effect, StopJobHere
+from seamarkd.agent.effects import StopJobHere
 from seamarkd.agent.endings import Endings
-from seamarkd.agent.keeper_client import KeeperError
-from seamarkd.agent.kept import Kept, KeptJobs
+from seamarkd.agent.ground import Ground
+from seamarkd.agent.keeper_answers import KeeperError
+from seamarkd.agent.kept import Kept
 
 log = logging.getLogger(__name__)
 
@@ -22,21 +21,12 @@ class Stops:
     """Those of one node.
 
     Args:
-        core, jobs: the agent's.
-        perform: carries out what the core says.
+        ground: what it stands on.
         endings: what hears of exits.
     """
 
-    def __init__(
-        self,
-        core: Agent,
-        jobs: KeptJobs,
-        perform: Callable[[list[Effect]], None],
-        endings: Endings,
-    ) -> None:
-        self._core = core
-        self._jobs = jobs
-        self._perform = perform
+    def __init__(self, ground: Ground, endings: Endings) -> None:
+        self._core, self._jobs, _, self._perform = ground
         self._endings = endings
 
     async def signal(self, job: str, incarnation: str, signum: int, *, group: bool = True) -> None:

@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from seamark.environment import STORE_OFFSET
 from seamark.protocol.messages import StoreAddress
-from seamarkd.agent.core import Agent
-from seamarkd.agent.effects import Effect, StartStore
+from seamarkd.agent.effects import StartStore
 from seamarkd.agent.endings import STORE_SLOT, Endings
-from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError, Process
+from seamarkd.agent.ground import Ground
+from seamarkd.agent.keeper_answers import Held, KeeperError, Process
+from seamarkd.agent.keeper_client import KeeperClient
 from seamarkd.agent.keepers import Keepers
 from seamarkd.agent.kept import other_logs
 from seamarkd.agent.ports import PortsTaken, candidates
-from seamarkd.agent.tasks import Tasks
 
 
 class StoreStarts:
     """Those of one node.
 
     Args:
-        core, tasks: the agent's.
-        perform: carries out what the core says.
+        ground: what it stands on.
         keepers: whom to ask.
         endings: what hears of exits.
         host: the address under which other nodes reach this one.
     """
 
-    def __init__(
-        self,
-        core: Agent,
-        tasks: Tasks,
-        perform: Callable[[list[Effect]], None],
-        keepers: Keepers,
-        endings: Endings,
-        host: str,
-    ) -> None:
-        self._core = core
-        self._tasks = tasks
-        self._perform = perform
+    def __init__(self, ground: Ground, keepers: Keepers, endings: Endings, host: str) -> None:
+        self._core, _, self._tasks, self._perform = ground
         self._keepers = keepers
         self._endings = endings
         self._host = host

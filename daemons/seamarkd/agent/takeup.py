@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 from seamark.protocol.messages import StoreAddress
 from seamarkd.agent import orphans
-from seamarkd.agent.core import Agent
-from seamarkd.agent.effects import Effect
 from seamarkd.agent.endings import STORE_SLOT, Endings
+from seamarkd.agent.ground import Ground
 from seamarkd.agent.job import Job, Worker
-from seamarkd.agent.keeper_client import Held, KeeperError
+from seamarkd.agent.keeper_answers import Held, KeeperError
 from seamarkd.agent.keepers import Keepers
-from seamarkd.agent.kept import Kept, KeptJobs
+from seamarkd.agent.kept import Kept
 from seamarkd.agent.logfiles import log_path
 from seamarkd.agent.memory import Remembered
 from seamarkd.agent.starts import Starts
 from seamarkd.agent.store_starts import StoreStarts
-from seamarkd.agent.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -28,26 +25,19 @@ class TakeUp:
     """The jobs of one node.
 
     Args:
-        core, jobs, tasks: the agent's.
-        perform: carries out what the core says.
+        ground: what it stands on.
         keepers, endings, starts, store_starts: whom it leaves what it has found to.
     """
 
     def __init__(
         self,
-        core: Agent,
-        jobs: KeptJobs,
-        tasks: Tasks,
-        perform: Callable[[list[Effect]], None],
+        ground: Ground,
         keepers: Keepers,
         endings: Endings,
         starts: Starts,
         store_starts: StoreStarts,
     ) -> None:
-        self._core = core
-        self._jobs = jobs
-        self._tasks = tasks
-        self._perform = perform
+        self._core, self._jobs, self._tasks, self._perform = ground
         self._keepers = keepers
         self._endings = endings
         self._starts = starts

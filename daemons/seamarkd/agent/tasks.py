@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable
 
-from seamarkd.agent.keeper_client import KeeperError
+from seamarkd.agent.keeper_answers import KeeperError
 
 log = logging.getLogger(__name__)
 
