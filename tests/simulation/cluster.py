@@ -533,7 +533,7 @@ class Host(Peer):
             if final:
                 # With the keeper goes what it had been asked to start meanwhile.
                 self._end_workers()
-            self.perform(self.core.stopped(self.cluster.now, job))
+            self.perform(self.core.stopped(self.cluster.now, job, final=final))
 
     def _fork(self, member: str, incarnation: str) -> None:
         job = self.core.node.jobs.get(JOB)

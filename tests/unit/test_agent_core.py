@@ -283,7 +283,7 @@ def test_stopping_is_answered_when_it_is_done(final: bool) -> None:
     order = StopWorkers(9, "job", 0, 5.0, final)
     assert bench.agent.from_coordinator(NOW, order) == [Remember("job"), StopJobHere("job", 0, 5.0, final)]
     assert to_lighthouse(bench.exit(-15), MemberLost) == []
-    assert to_coordinator(bench.agent.stopped(0.0, "job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
+    assert to_coordinator(bench.agent.stopped(0.0, "job", final=final), WorkersStopped) == [WorkersStopped(9, "job", 0)]
     assert ("job" in bench.agent.node.jobs) is not final
 
 
@@ -351,8 +351,10 @@ def test_an_order_to_stop_that_comes_again_is_carried_out_once() -> None:
     final = bench.agent.from_coordinator(NOW, StopWorkers(11, "job", 0, 5.0, True))
     assert final == [Remember("job"), StopJobHere("job", 0, 5.0, True)], "it takes the store and the keeper, too"
     assert bench.agent.from_coordinator(NOW, StopWorkers(12, "job", 0, 5.0, True)) == [Remember("job")]
-    assert to_coordinator(bench.agent.stopped(0.0, "job"), WorkersStopped) == [WorkersStopped(12, "job", 0)]
-    assert bench.agent.stopped(0.0, "job") == []
+    assert bench.agent.stopped(0.0, "job", final=False) == [], "the store and the keeper are still there"
+    assert bench.agent.node.jobs["job"].ended
+    assert to_coordinator(bench.agent.stopped(0.0, "job", final=True), WorkersStopped) == [WorkersStopped(12, "job", 0)]
+    assert bench.agent.stopped(0.0, "job", final=True) == []
 
 
 def test_a_new_lighthouse_hears_of_every_living_worker() -> None:
@@ -673,7 +675,7 @@ def test_what_is_asked_of_a_node_that_still_ends_the_job_is_done_afterwards() ->
     bench = Bench()
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))
     assert started(bench.agent.from_coordinator(NOW, moved(1, "here"))) == []
-    assert started(bench.agent.stopped(NOW, "job")) == ["job/0"]
+    assert started(bench.agent.stopped(NOW, "job", final=True)) == ["job/0"]
 
 
 def test_what_was_asked_of_a_node_before_the_last_order_to_end_is_forgotten() -> None:
@@ -681,7 +683,7 @@ def test_what_was_asked_of_a_node_before_the_last_order_to_end_is_forgotten() ->
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))
     bench.agent.from_coordinator(NOW, moved(1, "here"))
     bench.agent.from_coordinator(NOW, StopWorkers(10, "job", 0, 5.0, True))
-    assert started(bench.agent.stopped(NOW, "job")) == []
+    assert started(bench.agent.stopped(NOW, "job", final=True)) == []
 
 
 def test_a_node_that_drains_asks_its_workers_and_gives_none_of_them_a_successor() -> None:
@@ -709,7 +711,7 @@ def test_a_node_that_leaves_knows_whether_it_owes_an_answer_to_an_order_to_stop(
     bench.exit(143, "i1")
     assert bench.agent.node.stopping, "keeper and store end"
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 1.0, final=False))
-    (told,) = to_coordinator(bench.agent.stopped(NOW, "job"), WorkersStopped)
+    (told,) = to_coordinator(bench.agent.stopped(NOW, "job", final=True), WorkersStopped)
     assert told.request == 9, "the order came while they did"
     assert not bench.agent.node.stopping
 
@@ -735,7 +737,7 @@ def test_the_end_of_a_node_s_part_is_not_taken_back_by_a_restart_of_all() -> Non
     for incarnation in ("i0", "i1"):
         bench.exit(143, incarnation)
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, False))
-    assert to_coordinator(bench.agent.stopped(NOW, "job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
+    assert to_coordinator(bench.agent.stopped(NOW, "job", final=True), WorkersStopped) == [WorkersStopped(9, "job", 0)]
     bench.agent.node.serve()
     assert started(bench.agent.from_coordinator(NOW, roster(generation=1))) == ["job/0", "job/1"]
 

@@ -146,9 +146,9 @@ class Agent:
                 sentence = f"{type(message).__name__} is not a worker's message"
                 return [ToWorker(incarnation, Refused(0, "BAD_REQUEST", sentence))]
 
-    def stopped(self, now: float, job_name: str) -> list[Effect]:
-        """All workers of the job are gone, as ordered."""
-        done, afterwards = self.ends.stopped(job_name)
+    def stopped(self, now: float, job_name: str, *, final: bool) -> list[Effect]:
+        """All workers of the job are gone, as ordered; with ``final`` its store and keeper, too."""
+        done, afterwards = self.ends.stopped(job_name, final=final)
         return [*done, *(self.from_coordinator(now, afterwards) if afterwards is not None else [])]
 
     def registered(self, now: float) -> list[Effect]:

@@ -57,10 +57,11 @@ class Ends:
             return []
         return self.stop(StopWorkers(0, job.name, job.roster.generation, 0.0, final=True))
 
-    def stopped(self, job_name: str) -> tuple[list[Effect], Message | None]:
+    def stopped(self, job_name: str, *, final: bool) -> tuple[list[Effect], Message | None]:
         """All workers of the job are gone, as ordered; and what is asked of this node from now on."""
         job = self._node.jobs.get(job_name)
-        if job is None or job.stopping is None:
+        if job is None or job.stopping is None or (job.stopping.final and not final):
+            # In the last case the order to end all of it came while the workers ended, and is under way.
             return [], None
         order = job.stopping
         job.stopping = None

@@ -63,7 +63,7 @@ class Stops:
             await self.end(order.job, kept, order.grace, final=order.final)
             if order.final:
                 self._jobs.drop(order.job)
-        self._perform(self._core.stopped(time.monotonic(), order.job))
+        self._perform(self._core.stopped(time.monotonic(), order.job, final=order.final))
 
     async def end(self, job: str, kept: Kept, grace: float, *, final: bool = True) -> None:
         """All of a job, by SIGTERM and SIGKILL ``grace`` seconds later; with ``final`` its store and keeper, too."""
