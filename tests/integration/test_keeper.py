@@ -858,6 +858,26 @@ def test_the_newest_epoch_has_the_keeper(directory: Path) -> None:
     play(scenario())
 
 
+def test_a_keeper_that_is_not_ready_in_time_holds_up_nobody_even_if_it_cannot_be_killed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It imports torch from a file system that hangs, and SIGKILL has no effect until that is back."""
+    there: list[int] = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: there.append(process.pid))
+
+    async def scenario() -> None:
+        (directory / "hangs.py").write_text("import signal; signal.pause()")
+        session = Session(directory)
+        with pytest.raises(KeeperError, match="was not ready after 0.5 s"):
+            await session.spawn(preload=("hangs",), env=environment(PYTHONPATH=str(directory)), timeout=0.5)
+        (pid,) = there
+        assert running(pid)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: not Path(f"/proc/{pid}").exists(), "it to be reaped")
+
+    play(scenario())
+
+
 def test_two_keepers_do_not_share_a_socket(directory: Path) -> None:
     async def scenario() -> None:
         async with keeper(directory) as session:

@@ -515,5 +515,16 @@ def _listener_pid(sock: socket.socket) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills it; it is reaped when it is gone, which on a file system that hangs can take for ever."""
+    if process.poll() is not None:
+        return
     process.kill()
-    process.wait()
+    loop = asyncio.get_running_loop()
+    pidfd = os.pidfd_open(process.pid)
+
+    def reap() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        process.wait()
+
+    loop.add_reader(pidfd, reap)
