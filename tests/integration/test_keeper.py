@@ -820,6 +820,27 @@ def test_a_full_disk_keeps_no_keeper_from_ending_its_workers(directory: Path) ->
     play(scenario())
 
 
+def test_a_keeper_that_does_not_answer_to_its_end_is_killed(directory: Path) -> None:
+    """It was stopped, say; its workers are its agent's to end."""
+
+    async def scenario() -> None:
+        session = Session(directory)
+        await session.spawn()
+        held = await session.start("worker", session.script("import signal; signal.pause()"))
+        os.kill(session.client.ready.pid, signal.SIGSTOP)
+        with pytest.raises(KeeperError, match="did not answer 'stop'") as refusal:
+            await session.client.stop(0, timeout=0.2)
+        assert refusal.value.code == "timeout"
+        await until(lambda: not running(session.client.ready.pid), "the keeper to end")
+        assert running(held.process.pid)
+        signal.pidfd_send_signal(held.pidfd, signal.SIGKILL)
+        await until(lambda: not running(held.process.pid), "the worker to end")
+        session.client.close()
+        session.release()
+
+    play(scenario())
+
+
 def test_a_keeper_that_was_killed_a_moment_ago_cannot_be_asked_to_stop(directory: Path) -> None:
     """Before this end has heard of it."""
 

@@ -340,7 +340,7 @@ class KeeperClient:
             the process ids that not even SIGKILL ended.
 
         Raises:
-            KeeperError: no answer.
+            KeeperError: no answer. Where it was to end for good it was killed then: what it leaves lives on without it.
         """
         timeout = grace + 15.0 if timeout is None else timeout
         request = {"type": "stop", "grace": grace, "final": final}
@@ -354,6 +354,11 @@ class KeeperClient:
         try:
             left = list((await self._ask(request, timeout)).message["left"])
             await self._until_gone(keeper, timeout)
+        except KeeperError as error:
+            if error.code == "timeout":
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(keeper, signal.SIGKILL)
+            raise
         finally:
             os.close(keeper)
         self.close()
