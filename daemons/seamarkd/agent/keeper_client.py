@@ -340,7 +340,8 @@ class KeeperClient:
             the process ids that not even SIGKILL ended.
 
         Raises:
-            KeeperError: no answer. Where it was to end for good it was killed then: what it leaves lives on without it.
+            KeeperError: the keeper has ended (`code` "closed"), or did not answer. Where it was to end for good it was
+                killed then: what it leaves lives on without it.
         """
         timeout = grace + 15.0 if timeout is None else timeout
         request = {"type": "stop", "grace": grace, "final": final}

@@ -51,6 +51,8 @@ class Kept(Struct):
     adopted: bool = False
     """An earlier agent started the keeper: it ends when it is told to, not when this agent gives up connecting."""
     ending: bool = False
+    over: bool = False
+    """Its keeper and all that was its have ended, as they were told."""
     steps: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
     emptied: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by each exit that leaves no process."""

@@ -92,9 +92,13 @@ class Stops:
             kept.ending = final
             left = await keeper.stop(grace, final=final)
         except KeeperError as error:
+            if kept.over:
+                # Its end was asked for twice (the job's, the agent's own), and the other was sooner.
+                return
             log.error("job %s: can't stop the workers: %s", job, error)
             kept.ending = final
             self._endings.keep_orphans(job, kept)
             return
+        kept.over = final
         if left:
             log.error("job %s: processes that not even SIGKILL ended: %s", job, left)
