@@ -356,6 +356,8 @@ def test_a_held_worker_ends_with_its_keeper_and_a_released_one_does_not(director
             assert running(released.process.pid)
             os.kill(released.process.pid, signal.SIGKILL)
             (directory / "keeper").unlink()
+            # It closes its end of the gate before it is gone.
+            await until(lambda: not running(session.client.ready.pid), "the keeper to end")
 
     play(scenario())
 

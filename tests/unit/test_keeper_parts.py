@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import seamark.environment
 import seamark.progress
 from seamarkd.agent.keeper import page, worker
 from seamarkd.agent.keeper.forkable import why_other_at_start
+from seamarkd.agent.keeper.records import Record
 from seamarkd.agent.keeper.requests import (
     MAX_PACKET_BYTES,
     Refused,
@@ -33,6 +35,7 @@ from seamarkd.agent.keeper.spawning import PROGRAM, add_options, arguments, task
 from seamarkd.agent.keeper.stop import KILL_PATIENCE_SECONDS, KILL_SECONDS, STRAY_SECONDS, Left, Signal, Stop
 from seamarkd.agent.keeper.store import Store
 from seamarkd.agent.keeper.worker import Worker
+from seamarkd.agent.keeper_answers import Process
 from seamarkd.agent.keeper_client import KEEPER
 
 TERM, KILL, CONT = signal.SIGTERM, signal.SIGKILL, signal.SIGCONT
@@ -80,6 +83,11 @@ def test_it_names_things_as_the_client_does() -> None:
     assert page.says_discarded(fd)
     read.close()
     os.close(fd)
+
+
+def test_what_it_tells_of_a_process_is_what_its_agent_reads() -> None:
+    told = {one.name for one in dataclasses.fields(Record)} - {"pidfd", "page", "gate"}
+    assert told == set(Process.__struct_fields__)
 
 
 # --- requests -----------------------------------------------------------------------------------------------
