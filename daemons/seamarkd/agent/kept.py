@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import ItemsView
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from seamarkd.agent.memory import Memory, Remembered
 from seamarkd.agent.node import Node
 from seamarkd.agent.orphans import Orphan
 from seamarkd.agent.watched import Watched
-
-log = logging.getLogger(__name__)
 
 
 class Process(Struct):
@@ -123,11 +120,8 @@ class KeptJobs:
         if job is None:
             self._memory.forget(name)
             return
-        try:
-            kept = self._kept.get(name)
-            self._memory.write(Remembered(job, kept.socket, kept.store_born) if kept else Remembered(job, ""))
-        except OSError as error:
-            log.error("job %s: can't write down what this node has to do for it: %s", name, error)
+        kept = self._kept.get(name)
+        self._memory.write(Remembered(job, kept.socket, kept.store_born) if kept else Remembered(job, ""))
 
     def watch_logs(self, job: str) -> None:
         """What the job writes here now is bounded."""
