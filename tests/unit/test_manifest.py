@@ -158,6 +158,8 @@ def test_shards_come_back_as_they_were_written(tmp_path: Path) -> None:
         assert saved.replies == [Reply("i5#d/0", 3, answer)]
         entries = manifest.page(7, 1, 1)
         assert [(one.shard, one.state, one.lease_id) for one in entries] == [(1, "LEASED", 5)]
+        (over,) = manifest.page(7, 1, 1, living=False)
+        assert (over.state, over.lease_id) == ("PENDING", 5), "of a job that has ended nobody has a lease"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.job import first_line
 from seamarkd.paths import state_directory
 from seamarkd.settings import Settings, load
-from seamarkd.standalone import ADDRESS_FILE
+from seamarkd.standalone import over, serving
 
 BAR_WIDTH = 24
 ASK_TIMEOUT = 2.0
@@ -144,9 +144,9 @@ def _of(target: Target, config: Path | None) -> Story:
     directory = state_directory() / "standalone" / target.job
     if not (directory / "manifest.db").exists():
         return _of_the_suite(load(config, os.environ, {}), target)
-    address = directory / ADDRESS_FILE
-    running = _ask(address.read_text(), target) if address.exists() else None
-    return running or _read(directory / "manifest.db", target)
+    address = serving(directory)
+    running = _ask(address, target) if address else None
+    return running or _read(directory / "manifest.db", target, alone=True)
 
 
 def _narrow(story: Story, target: Target, number: int | None) -> None:
@@ -190,12 +190,13 @@ def _ask(address: str, target: Target, key: Key | None = None) -> Story | None:
     return Story(f"{status.state.lower()}: {status.sentence}", answer.incidents, about.decisions, about.now)
 
 
-def _read(manifest: Path, target: Target) -> Story:
-    """From the manifest that a coordinator left."""
+def _read(manifest: Path, target: Target, *, alone: bool = False) -> Story:
+    """From the manifest that a coordinator left; of a standalone job (``alone``) nobody goes on without it."""
     with reading(manifest) as books:
         record = books.job(target.job)
         if record is None:
             raise RefusedError(f"there is no job {target.job} in {manifest}")
+        record = over(record, time.monotonic()) if alone else record
         decisions = [
             one
             for one in books.decisions(target.job)

@@ -221,7 +221,9 @@ class CoordinatorShell:
             why = f"job {request.job} has no data set {request.dataset}; it has: {known}"
             return Refused(request.request, "UNKNOWN_JOB", why, request.job, "", request.consumer)
         number, spec = found[request.dataset]
-        entries = self._manifest.page(number, request.first, request.limit)
+        job = self._manifest.job(request.job)
+        living = job is not None and job.state not in ENDED
+        entries = self._manifest.page(number, request.first, request.limit, living=living)
         following = entries[-1].shard + 1 if len(entries) == request.limit else -1
         return ShardsPage(request.request, request.job, request.consumer, spec, entries, following)
 
