@@ -1278,6 +1278,8 @@ class Incident(Part, frozen=True):
     started: dict[str, float]
     """When the keeper forked the replacement of a member."""
     log_tail: list[str]
+    closed: bool = False
+    """What fails from now on is another incident's, although no quorum has answered this one."""
 
 
 class Incidents(Message, frozen=True):

@@ -270,8 +270,8 @@ def _show_incident(console: Console, incident: Incident, *, every_rank: bool) ->
     for other in incident.consequences:
         console.print(f"   consequence: {who(other)}: {first_line(other.cause.text)}", markup=False, highlight=False)
     if incident.next_iteration < 0:
-        text = "   no restart in process followed: all workers were restarted, or this rank alone, or the job ended"
-        console.print(text, highlight=False)
+        for line in _restarts_alone(incident):
+            console.print(f"   {line}", markup=False, highlight=False)
         return
     console.print(
         f"   seen by {culprit.detector}; iteration {incident.iteration} → {incident.next_iteration}, "
@@ -281,6 +281,22 @@ def _show_incident(console: Console, incident: Incident, *, every_rank: bool) ->
     console.print(_picture(rows, whole))
     if every_rank:
         console.print(_ranks(incident))
+
+
+def _restarts_alone(incident: Incident) -> list[str]:
+    """What followed where no quorum was answered."""
+    lines = [
+        f"{who(failure)} was started anew alone: forked "
+        f"{max(0.0, incident.started[failure.member] - _began(failure)) * 1e3:.1f} ms after that, as seen by "
+        f"{failure.detector}"
+        for failure in incident.failures
+        if failure.member in incident.started
+    ]
+    return lines or ["no restart in process followed: all workers were restarted, or this rank alone, or the job ended"]
+
+
+def _began(failure: Failure) -> float:
+    return failure.occurred_at if failure.occurred_at >= 0 else failure.detected_at
 
 
 def _picture(rows: list[Segment], whole: float) -> Table:
@@ -308,8 +324,7 @@ def _picture(rows: list[Segment], whole: float) -> Table:
 
 
 def _ranks(incident: Incident) -> Table:
-    culprit = incident.failures[0]
-    start = culprit.occurred_at if culprit.occurred_at >= 0 else culprit.detected_at
+    start = _began(incident.failures[0])
     table = Table(box=None, padding=(0, 1, 0, 2), title="every rank, in ms", title_justify="left")
     for name in ("rank", "forked", "told", "aborted", "left", "joined", "answered", "group", "step"):
         table.add_column(name, justify="right")
