@@ -289,17 +289,38 @@ def test_daemons_whose_keys_are_missing_are_not_started_and_it_is_said_what_to_d
     assert "nothing is running" in made.command("down")
 
 
-def test_without_an_operator_s_key_the_daemons_are_stopped_and_the_jobs_left(tmp_path: Path) -> None:
+def test_daemons_are_not_stopped_under_jobs_that_nobody_may_end(tmp_path: Path) -> None:
     made = Suite(tmp_path / "s", agents=1, keys=True)
     try:
         made.up()
-        (made.keys / "operator.key").rename(tmp_path / "operator.key")
-        said = made.command("down")
-        assert "there is no key of role operator" in said
-        assert "its jobs are left as they are" in said
-        assert "stopped: supervisord" in said
+        pids = {program.pid for program in made.programs().values()}
+        operator = made.keys / "operator.key"
+        operator.rename(tmp_path / "operator.key")
+        assert "there is no key of role operator" in made.command("down", code=78)
+        public, secret = new_pair()
+        write(made.keys, Key("operator", "operator", public, secret, new_pair()[0]))
+        assert "--keep-jobs stops the daemons without ending them" in made.command("down", code=2)
+        assert "has keys, and this configuration names none" in made.command("down", code=78, SEAMARK_SECURITY_KEYS="")
+        assert {program.pid for program in made.programs().values()} == pids
+        assert "stopped: supervisord" in made.command("down", "--keep-jobs")
     finally:
-        made.command("down", code=None)
+        made.end()
+    wait_for("its processes to end", lambda: not descendants_of(str(made.home)), 20.0)
+
+
+def test_keys_for_a_suite_that_was_started_without(tmp_path: Path) -> None:
+    made = Suite(tmp_path / "s", agents=1, keys=True)
+    try:
+        made.command("up", SEAMARK_SECURITY_KEYS="")
+        said = made.command("up", code=78)
+        assert "has no keys, and security.keys names some: seamark down, then seamark up" in said
+        made.command("down")
+        made.command("up")
+        made.wait_healthy()
+        assert "has keys, and this configuration names none" in made.command("up", code=78, SEAMARK_SECURITY_KEYS="")
+        assert "already running" in made.command("up")
+    finally:
+        made.end()
     wait_for("its processes to end", lambda: not descendants_of(str(made.home)), 20.0)
 
 
@@ -325,7 +346,7 @@ def test_a_node_whose_key_is_revoked_is_lost_and_the_job_goes_on_without_it(tmp_
     until = tmp_path / "until"
     arguments = ("--steps", "1000000", "--until", str(until), "--every", str(EVERY), "--pause", "0.02")
     with ExitStack() as ending:
-        ending.callback(made.command, "down", code=None)
+        ending.callback(made.end)
         made.up()
         made.wait_healthy()
         options = ("--nnodes", "1:2", "--nproc-per-node", "2", "--join-timeout", "5")
