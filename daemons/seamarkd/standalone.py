@@ -103,7 +103,7 @@ class Standalone:
     async def _serve(self) -> None:
         self._stopping = asyncio.Event()
         context: zmq.Context[Any] = zmq.Context()
-        lighthouse_address = f"ipc://{self._run}/lighthouse"
+        lighthouse_address = lighthouse_beside(self.coordinator)
         events_address = f"ipc://{self._run}/events"
         try:
             manifest = Manifest(self._state / "manifest.db")
@@ -173,6 +173,11 @@ def serving(state: Path) -> str:
     directory = run_directory_of(address)
     alive = directory is not None and listens(directory / "coordinator", socket.SOCK_STREAM)
     return address.read_text() if alive else ""
+
+
+def lighthouse_beside(coordinator: str) -> str:
+    """The address of the lighthouse of the standalone suite whose coordinator has this one."""
+    return f"{coordinator.removesuffix('coordinator')}lighthouse"
 
 
 def listens(path: Path, kind: socket.SocketKind = socket.SOCK_SEQPACKET) -> bool:

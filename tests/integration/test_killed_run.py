@@ -30,9 +30,14 @@ for shard in seamark.shards("d", size=4, shard_size=1):
 """
 
 
-def seamark(run: Standalone, *arguments: str) -> str:
+def seamark(run: Standalone, *arguments: str, code: int = 0) -> str:
     command = [sys.executable, "-m", "seamarkd.cli", *arguments]
-    return subprocess.run(command, env=run.env, capture_output=True, text=True, timeout=60, check=True).stdout
+    # A suite that runs on this host is none of ours.
+    ports = enumerate(("LIGHTHOUSE", "COORDINATOR"), 1)
+    nowhere = {f"SEAMARK_{role}_ADDRESS": f"tcp://127.0.0.1:{port}" for port, role in ports}
+    done = subprocess.run(command, env=run.env | nowhere, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
 
 
 def states(run: Standalone) -> list[str]:
@@ -51,10 +56,12 @@ def test_the_books_tell_the_truth_and_the_name_is_free(tmp_path: Path) -> None:
             "a shard to be done and another to be leased",
             lambda: any(out.iterdir()) and states(killed) == ["DONE", "LEASED"],
         )
+        assert "standalone job job" in seamark(killed, "status"), "no suite runs, and all is well"
         killed.process.kill()
         killed.process.wait()
         assert states(killed) == ["DONE", "PENDING"], "a lease ends with who gave it"
         assert "failed: the seamark run that had it was killed" in " ".join(seamark(killed, "why", "job").split())
+        assert "no suite runs on this host, nor a standalone job" in seamark(killed, "status", code=2)
         go_on.touch()
         with standalone(tmp_path, *options, **more) as again:
             assert again.finish() == 0, again.text() + again.logs()

@@ -37,7 +37,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.cli.events import Printer, Reader, sentence
 from seamarkd.cli.operator import UnreachableError
-from seamarkd.cli.status import assess, connectable, data, draw, exposed, on_loopback, unclocked
+from seamarkd.cli.status import assess, connectable, data, draw, exposed, on_loopback, unclocked, without_suite
 from seamarkd.settings import load
 
 
@@ -124,6 +124,29 @@ def test_the_exit_code_and_the_sentence_behind_it(
     assert picture.code == code
     assert any(problem in text for text in picture.problems) if problem else not picture.problems
     assert json.loads(json.dumps(data(first, second, picture)))["code"] == code
+
+
+def test_without_a_suite_the_standalone_jobs_are_shown() -> None:
+    well, ill = (coordinator(job("a")), lighthouse()), (coordinator(job("b", alive=1)), lighthouse())
+    assert without_suite({"a": well}).code == 0
+    picture = without_suite({"a": well, "b": ill})
+    assert (picture.code, picture.problems) == (1, ["b: job b runs with 1 of 2 ranks: fine"])
+    out = io.StringIO()
+    Console(file=out, width=200).print(draw(picture))
+    assert [line for line in out.getvalue().splitlines() if line.startswith(("no suite", "standalone"))] == [
+        "no suite runs on this host",
+        "standalone job a",
+        "standalone job b",
+    ]
+    assert "unreachable" not in out.getvalue()
+    found = json.loads(json.dumps(data("none", "none", picture)))["standalone"]
+    assert {name: one["code"] for name, one in found.items()} == {"a": 0, "b": 1}
+
+
+def test_without_a_suite_and_a_standalone_job_that_is_said_plainly() -> None:
+    picture = without_suite({})
+    assert picture.code == 2
+    assert picture.problems == ["no suite runs on this host, nor a standalone job: seamark up starts a suite"]
 
 
 def test_members_come_worst_first_and_not_more_than_people_read() -> None:
