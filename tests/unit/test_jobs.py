@@ -1148,6 +1148,9 @@ def test_what_agents_refused_is_in_the_status_until_they_come_back() -> None:
     bench.send(NodeRefusals("n0", {"not_allowed": 3}))
     bench.send(NodeRefusals("unknown", {"not_allowed": 1}))
     assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{"not_allowed": 3}]
+    bench.now = 10.0
+    bench.send(NodeRefusals("n0", {"not_allowed": 4}, {"not_allowed": 2.0}))
+    assert [node.refused_ago for node in bench.core.status(15.0, 1).nodes] == [{"not_allowed": 7.0}]
     bench.hello()
     assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{}], "it says so again"
 

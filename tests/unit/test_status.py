@@ -213,10 +213,10 @@ def test_what_was_refused_is_said_of_each_daemon() -> None:
     text = drawn(with_agent, replace(lighthouse(), dropped=counts))
     refused = "1 messages in the name of another node, 3 connections with a key that nobody knows"
     for said in (
-        f"the lighthouse refused: {refused}: its log names the peers",
-        "the lighthouse dropped frames that were no message: 2 fields",
-        "the coordinator dropped frames that were no message: 1 header",
-        "the agent of node n refused: 4 messages that are not their sender's to send",
+        f"the lighthouse refused, the last 0.0 s ago: {refused}: its log names the peers",
+        "the lighthouse dropped frames that were no message, the last 0.0 s ago: 2 fields",
+        "the coordinator dropped frames that were no message, the last 0.0 s ago: 1 header",
+        "the agent of node n refused, the last 0.0 s ago: 4 messages that are not their sender's to send",
     ):
         assert said in text
     assert "No route" not in text, "who is gone is no fault"
@@ -388,3 +388,14 @@ def test_a_line_names_job_number_and_group(capsys: pytest.CaptureFixture[str]) -
         "--:--:--.---  j  #3  replicas  r7 lost: heartbeat timeout",
         "--:--:--.---  j  #4  replicas  r7 is back",
     ]
+
+
+def test_what_was_refused_long_ago_alarms_nobody() -> None:
+    ago = {"unknown_key": 7_000.0, "other_node": 9_000.0}
+    old = replace(lighthouse(), dropped={"unknown_key": 3, "other_node": 1}, dropped_ago=ago)
+    node = NodeStatus("n", 8, 2, "", {"not_allowed": 4}, "", {"not_allowed": 200.0})
+    picture = assess(replace(coordinator(), nodes=[node]), old)
+    (remark,) = picture.remarks
+    assert remark.startswith("the lighthouse refused, the last 117 min ago: 1 messages in the name of another node, 3")
+    (note,) = picture.notes
+    assert note.startswith("the agent of node n refused, the last 3 min ago: 4 messages")

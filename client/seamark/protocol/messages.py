@@ -1311,6 +1311,8 @@ class NodeStatus(Part, frozen=True):
     refused: dict[str, int] = {}
     """Messages that its agent refused its workers, by reason."""
     unhealthy: Short = ""
+    refused_ago: dict[str, float] = {}
+    """Seconds since each of them rose last."""
 
 
 class MemberStatus(Part, frozen=True):
@@ -1342,6 +1344,8 @@ class CoordinatorStatus(Message, frozen=True):
     """Transactions of the manifest since the start."""
     dropped: dict[str, int] = {}
     """Connections and messages that were refused, and frames that were no message, by reason."""
+    dropped_ago: dict[str, float] = {}
+    """Seconds since each of them rose last."""
 
 
 class NodeHealth(Part, frozen=True):
@@ -1375,6 +1379,8 @@ class LighthouseStatus(Message, frozen=True):
     """How late its loop came to its own timer at worst, in the last ten seconds or more."""
     wall_clock: Moment
     """Seconds since the epoch, when this was answered: whether hosts' clocks agree (``seamark doctor``)."""
+    dropped_ago: dict[str, float] = {}
+    """Seconds since each of ``dropped`` rose last."""
 
 
 # --- agent and coordinator ---------------------------------------------------------------------------------
@@ -1538,6 +1544,8 @@ class NodeRefusals(Message, frozen=True):
     direction = "agent -> coordinator"
     node: Name
     refused: Annotated[dict[Short, Count], Meta(max_length=20)]
+    ago: Annotated[dict[Short, Duration], Meta(max_length=20)] = {}
+    """Seconds since each of them rose last."""
 
 
 def _all(cls: type[Message]) -> dict[int, type[Message]]:

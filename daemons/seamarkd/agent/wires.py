@@ -34,6 +34,7 @@ from seamark.protocol.sockets import check_address, connect, make_socket
 from seamarkd.agent.core import Agent, Effect, Introduce, TellWorkers, ToCoordinator, ToLighthouse, ToWorker
 from seamarkd.channel import Channel
 from seamarkd.logs import Sparing
+from seamarkd.tally import ages
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ class Wires:
         refused = self._workers.refused
         if refused.total() != self._told:
             self._told = refused.total()
-            self.tell_coordinator(NodeRefusals(self._core.node, dict(refused)))
+            self.tell_coordinator(NodeRefusals(self._core.node, dict(refused), ages(time.monotonic(), [refused])))
         return COORDINATOR_BEAT_INTERVAL
 
     def _tick(self) -> float:

@@ -52,7 +52,9 @@ MEMBERS_SHOWN = 20
 ENDED_SHOWN = 10
 LATE = 0.5
 """Seconds by which a lighthouse is late that finds lost hosts noticeably later."""
-CLOCKS = frozenset({"uptime", "beat_age", "running_for", "lateness"})
+RECENT = 300.0
+"""Seconds for which something that was refused is shown in red."""
+CLOCKS = frozenset({"uptime", "beat_age", "running_for", "lateness", "dropped_ago", "refused_ago"})
 """Fields that differ between any two answers: no change that anybody would want a line for."""
 
 REFUSALS = {
@@ -232,7 +234,7 @@ def assess(
         picture.notes.append(f"{address} is open to the network without keys: whoever reaches it can run programs")
     picture.daemons = [_daemon(picture, "lighthouse", lighthouse), _daemon(picture, "coordinator", coordinator)]
     if isinstance(lighthouse, LighthouseStatus):
-        picture.notes += _dropped("the lighthouse", lighthouse.dropped)
+        _refusals(picture, "the lighthouse", lighthouse.dropped, lighthouse.dropped_ago)
         if lighthouse.lateness > LATE:
             late = duration(lighthouse.lateness)
             picture.notes.append(
@@ -240,9 +242,9 @@ def assess(
             )
     _nodes(picture, coordinator, lighthouse)
     if isinstance(coordinator, CoordinatorStatus):
-        picture.notes += _dropped("the coordinator", coordinator.dropped)
+        _refusals(picture, "the coordinator", coordinator.dropped, coordinator.dropped_ago)
         for node in coordinator.nodes:
-            picture.notes += _dropped(f"the agent of node {node.node}", node.refused)
+            _refusals(picture, f"the agent of node {node.node}", node.refused, node.refused_ago)
         waiting = lighthouse.waiting if isinstance(lighthouse, LighthouseStatus) else {}
         _jobs(picture, coordinator, waiting)
     if isinstance(lighthouse, LighthouseStatus):
@@ -256,19 +258,21 @@ def assess(
     return picture
 
 
-def _dropped(who: str, counts: dict[str, int]) -> list[str]:
-    """What a daemon did not take, in sentences: what was no message, and what was not its sender's to send."""
+def _refusals(picture: Picture, who: str, counts: Mapping[str, int], ago: Mapping[str, float]) -> None:
+    """What a daemon did not take, in sentences: what was no message, and what was not its sender's to send.
+
+    In red for a while: of what has long ceased nobody has to be alarmed.
+    """
     unreadable = {reason: count for reason, count in counts.items() if reason in set(Reason)}
     refused = {reason: count for reason, count in counts.items() if reason in REFUSALS}
-    sentences = (
-        (unreadable, f"{who} dropped frames that were no message: {{}}"),
-        (refused, f"{who} refused: {{}}: its log names the peers"),
-    )
-    return [
-        sentence.format(", ".join(f"{count} {REFUSALS.get(reason, reason)}" for reason, count in sorted(found.items())))
-        for found, sentence in sentences
-        if found
-    ]
+    for found, sentence in (
+        (unreadable, "{} dropped frames that were no message, the last {} ago: {}"),
+        (refused, "{} refused, the last {} ago: {}: its log names the peers"),
+    ):
+        if found:
+            last = min(ago.get(reason, 0.0) for reason in found)
+            what = ", ".join(f"{count} {REFUSALS.get(reason, reason)}" for reason, count in sorted(found.items()))
+            (picture.notes if last < RECENT else picture.remarks).append(sentence.format(who, duration(last), what))
 
 
 def _daemon(picture: Picture, role: str, answer: CoordinatorStatus | LighthouseStatus | str) -> Row:
@@ -409,6 +413,7 @@ def data(coordinator: CoordinatorStatus | str, lighthouse: LighthouseStatus | st
         "code": picture.code,
         "problems": picture.problems,
         "notes": picture.notes,
+        "remarks": picture.remarks,
         "coordinator": None if isinstance(coordinator, str) else msgspec.to_builtins(coordinator),
         "lighthouse": None if isinstance(lighthouse, str) else msgspec.to_builtins(lighthouse),
         "standalone": {job: data(one.coordinator, one.lighthouse, one.picture) for job, one in picture.alone.items()},
@@ -484,6 +489,11 @@ def unclocked(value: Any) -> Any:
     return value
 
 
+def _lengths(picture: Picture) -> dict[str, int]:
+    """In place of sentences that say how long ago something was: when there is another one."""
+    return {name: len(getattr(picture, name)) for name in ("problems", "notes", "remarks")}
+
+
 def _watch(settings: Settings, console: Console, *, verbose: bool, as_json: bool) -> NoReturn:
     seen: Any = None
     live = None if as_json else Live(console=console, auto_refresh=False, vertical_overflow="crop")
@@ -498,7 +508,7 @@ def _watch(settings: Settings, console: Console, *, verbose: bool, as_json: bool
                 live.update(draw(picture, verbose=verbose), refresh=True)
             else:
                 now = data(*answers, picture)
-                if (stripped := unclocked({**now, "problems": len(picture.problems)})) != seen:
+                if (stripped := unclocked({**now, **_lengths(picture)})) != seen:
                     seen = stripped
                     click.echo(json.dumps(now))
             time.sleep(max(0.0, next_at - time.monotonic()))

@@ -238,8 +238,10 @@ class Coordinator:
         return self._node_gone(now, job, report.node) if job is not None and job.state not in ENDED else []
 
     def _refusals(self, now: float, route: bytes, report: NodeRefusals) -> list[Effect]:
-        if report.node in self.nodes:
-            self.nodes[report.node].refused = report.refused
+        node = self.nodes.get(report.node)
+        if node is not None:
+            node.refused = report.refused
+            node.refused_at = {reason: now - ago for reason, ago in report.ago.items()}
         return []
 
     def _use_room(self, now: float) -> list[Effect]:
@@ -443,7 +445,15 @@ class Coordinator:
             uptime=0.0,
             trouble=self.trouble,
             nodes=[
-                NodeStatus(name, node.slots, used.get(name, 0), node.draining, node.refused, node.unhealthy)
+                NodeStatus(
+                    name,
+                    node.slots,
+                    used.get(name, 0),
+                    node.draining,
+                    node.refused,
+                    node.unhealthy,
+                    {reason: max(0.0, now - at) for reason, at in node.refused_at.items()},
+                )
                 for name, node in sorted(self.nodes.items())
             ],
             jobs=[status(job, now) for job in self.jobs.values()],

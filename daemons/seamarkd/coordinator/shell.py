@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -46,6 +46,7 @@ from seamarkd.effects import Send
 from seamarkd.errors import ManifestError
 from seamarkd.gate import Gate
 from seamarkd.software import software
+from seamarkd.tally import Tally, ages, counts
 
 log = logging.getLogger(__name__)
 
@@ -156,8 +157,8 @@ class CoordinatorShell:
         assert self._gate is not None
         return self._gate.refusal(user, message, self.core.foreign)
 
-    def _at_the_gate(self) -> Counter[str]:
-        return self._gate.refused if self._gate else Counter()
+    def _tallies(self) -> list[Tally]:
+        return [self._requests.dropped, self._requests.refused, *([self._gate.refused] if self._gate else [])]
 
     def _on_message(self, route: bytes, message: Message) -> None:
         if isinstance(message, StatusRequest):
@@ -167,7 +168,8 @@ class CoordinatorShell:
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
                 commits=self._commits,
-                dropped=dict(self._requests.dropped + self._requests.refused + self._at_the_gate()),
+                dropped=counts(self._tallies()),
+                dropped_ago=ages(time.monotonic(), self._tallies()),
             )
             self._requests.send(status, route)
             return
