@@ -20,7 +20,7 @@ from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable
 from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.job import ENDED
-from seamarkd.paths import state_directory
+from seamarkd.paths import job_directory
 from seamarkd.settings import load
 from seamarkd.standalone import over, serving
 
@@ -53,7 +53,7 @@ def manifest(job: str, dataset: str | None, config: Path | None) -> int:
       seamark manifest infer-41c7 > manifest.json
       seamark manifest infer-41c7 --dataset inputs | jq '.datasets[0].shards[] | select(.state != "DONE")'
     """
-    home = state_directory() / "standalone" / job
+    home = job_directory(job)
     try:
         if (home / "manifest.db").exists():
             source = Source(serving(home), home / "manifest.db", alone=True)

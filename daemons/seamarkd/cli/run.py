@@ -41,7 +41,7 @@ from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable
 from seamarkd.coordinator.classification import job_patterns
 from seamarkd.coordinator.job import ENDED
-from seamarkd.paths import job_directory
+from seamarkd.paths import MAX_JOB_NAME, job_directory
 from seamarkd.settings import SettingsError, load
 from seamarkd.standalone import Standalone
 
@@ -226,6 +226,8 @@ def run(
     job = name or f"{Path(script).stem if not module else script.rpartition('.')[2]}-{secrets.token_hex(2)}"
     if "/" in job or job.startswith("."):
         raise click.UsageError(f"--name {job}: a name has no slash and does not begin with a dot")
+    if len(os.fsencode(job)) > MAX_JOB_NAME:
+        raise click.UsageError(f"--name {job[:40]}...: a name has {MAX_JOB_NAME} bytes at most")
     chosen = None if standalone else load(config, os.environ, {})
     runtime, patterns = _runtime(runtime_config) if runtime_config else ("", [])
     home = job_directory(job) if chosen is None else chosen.state_directory / "jobs" / job

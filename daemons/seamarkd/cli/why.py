@@ -31,7 +31,7 @@ from seamarkd.cli.status import connectable, plain
 from seamarkd.cli.timeline import Segment, segments, total
 from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.job import first_line
-from seamarkd.paths import state_directory
+from seamarkd.paths import job_directory, state_directory
 from seamarkd.settings import Settings, load
 from seamarkd.standalone import over, serving
 
@@ -141,7 +141,7 @@ def incidents_of(job: str, config: Path | None) -> list[Incident]:
 
 
 def _of(target: Target, config: Path | None) -> Story:
-    directory = state_directory() / "standalone" / target.job
+    directory = job_directory(target.job)
     if not (directory / "manifest.db").exists():
         return _of_the_suite(load(config, os.environ, {}), target)
     address = serving(directory)
