@@ -238,6 +238,18 @@ def test_a_name_is_taken_while_its_job_lives() -> None:
     assert refused.code == "NAME_TAKEN"
 
 
+def test_who_takes_a_name_again_is_told_what_is_forgotten() -> None:
+    bench = Bench()
+    bench.run()
+    assert bench.told(JobStatus, bench.submit())[0].notice == ""
+    for rank in range(WORLD):
+        bench.exit(rank, 0, completed=True)
+    bench.all_stopped()
+    (status,) = bench.told(JobStatus, bench.send(SubmitJob(2, bench.spec, "again"), b"operator"))
+    assert status.notice.startswith("the run that had this name before (succeeded) is forgotten, with its incidents")
+    assert (status.datasets, status.incidents) == ([], 0)
+
+
 def test_what_can_not_work_is_refused_at_once() -> None:
     effects = Coordinator(1).handle(0.0, b"o", SubmitJob(1, spec(min_nodes=3, max_nodes=2), "once"))
     (effect,) = effects

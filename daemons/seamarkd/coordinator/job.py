@@ -255,3 +255,13 @@ def has_place(job: Job, report: WorkerStarted | WorkerExited) -> bool:
 def first_line(text: str) -> str:
     """The first line of a text, for a sentence."""
     return text.strip().split("\n", 1)[0]
+def forgotten(earlier: Job | None) -> str:
+    """What a job takes from the run that had its name before it, for people."""
+    if earlier is None:
+        return ""
+    return (
+        f"the run that had this name before ({earlier.state.lower()}) is forgotten, with its incidents and the books "
+        "of its shards: this one begins with nothing done; another --name keeps them"
+    )
+
+

@@ -79,6 +79,7 @@ from seamarkd.coordinator.job import (
     first_line,
     has_place,
     members,
+    forgotten,
     restored,
     standing,
     status,
@@ -428,6 +429,7 @@ class Coordinator:
         ended = sorted((job.ended_at, name) for name, job in self.jobs.items() if job.state in ENDED)
         forgotten = [name for _, name in ended[:-ENDED_KEPT]]
         for name in forgotten:
+        job.notice = forgotten(known)
             del self.jobs[name]
         return [Forget(name) for name in forgotten]
 
@@ -792,7 +794,7 @@ class Coordinator:
         if job.budget.spend(now):
             job.process_restarts += 1
             job.sentence = f"{why}; all workers are restarted"
-            job.notice = unwrapped(job)
+            job.notice = unwrapped(job) or job.notice
             return self._restart(now, job)
         tried = (
             f"the {job.spec.max_restarts} restarts of --max-restarts are used up"
