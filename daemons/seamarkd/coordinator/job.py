@@ -7,6 +7,7 @@ from typing import Any, Literal
 from msgspec import Struct, field
 
 from seamark.protocol.messages import (
+    DatasetStatus,
     Incident,
     JobSpec,
     JobStatus,
@@ -66,6 +67,7 @@ class JobRecord(Struct, frozen=True):
     failed: list[str] = []
     left: list[str] = []
     heard: tuple[int, int] = (0, 0)
+    datasets: list[DatasetStatus] = []
 
 
 class Process(Struct):
@@ -139,6 +141,8 @@ class Job(Struct):
     followers: dict[bytes, float] = field(default_factory=dict)
     ended_at: float = -1.0
     shards: JobShards | None = None
+    datasets: list[DatasetStatus] = field(default_factory=list)
+    """How far each data set was when the job ended."""
 
 
 def record(job: Job) -> JobRecord:
@@ -185,8 +189,13 @@ def status(job: Job, now: float, request: int = 0) -> JobStatus:
         log_tail=job.log_tail if job.state in ENDED else [],
         incidents=job.incidents.count,
         running_for=max(0.0, until - job.submitted_at),
-        datasets=job.shards.status() if job.shards is not None else [],
+        datasets=job.datasets if job.state in ENDED else reached(job),
     )
+
+
+def reached(job: Job) -> list[DatasetStatus]:
+    """How far each of its data sets is."""
+    return job.shards.status() if job.shards is not None else []
 
 
 def members(job: Job) -> list[MemberStatus]:
@@ -246,15 +255,6 @@ def unwrapped(job: Job) -> str:
     )
 
 
-def has_place(job: Job, report: WorkerStarted | WorkerExited) -> bool:
-    """Whether the worker's place is on the node that reports it; one that was lost may not know better."""
-    node = next((slot.node for slot in job.slots if slot.member == report.member), None)
-    return node is not None and report.node in ("", node)
-
-
-def first_line(text: str) -> str:
-    """The first line of a text, for a sentence."""
-    return text.strip().split("\n", 1)[0]
 def forgotten(earlier: Job | None) -> str:
     """What a job takes from the run that had its name before it, for people."""
     if earlier is None:
@@ -265,3 +265,12 @@ def forgotten(earlier: Job | None) -> str:
     )
 
 
+def has_place(job: Job, report: WorkerStarted | WorkerExited) -> bool:
+    """Whether the worker's place is on the node that reports it; one that was lost may not know better."""
+    node = next((slot.node for slot in job.slots if slot.member == report.member), None)
+    return node is not None and report.node in ("", node)
+
+
+def first_line(text: str) -> str:
+    """The first line of a text, for a sentence."""
+    return text.strip().split("\n", 1)[0]

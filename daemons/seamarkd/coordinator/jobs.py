@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from msgspec.structs import replace
+
 from seamark.protocol.messages import (
     RANKS,
     AbortJob,
@@ -77,9 +79,10 @@ from seamarkd.coordinator.job import (
     Process,
     State,
     first_line,
+    forgotten,
     has_place,
     members,
-    forgotten,
+    reached,
     restored,
     standing,
     status,
@@ -176,6 +179,11 @@ class Coordinator:
             sentence = f"{type(message).__name__} is not for a coordinator"
             return [Send(route, Refused(getattr(message, "request", 0), "BAD_REQUEST", sentence))]
         return handler(now, route, message)
+
+    def only_on_disk(self, job: str) -> bool:
+        """Whether this job had ended before this start: of its shards nothing was taken up."""
+        known = self.jobs.get(job)
+        return known is not None and known.state in ENDED and known.shards is None
 
     def foreign(self, node: str, message: Message) -> bool:
         """Whether a message speaks for a job that this node has no part in, although it names no node."""
@@ -421,6 +429,7 @@ class Coordinator:
         job = self.jobs[spec.name] = Job(spec, RestartBudget(spec.max_restarts), now, request.submission)
         # What an earlier job of this name has left on nodes that are away is ended when they come back.
         job.left = set(known.left) if known is not None else set()
+        job.notice = forgotten(known)
         job.followers[route] = now + FOLLOW_FOR
         durable: list[Effect] = [*self._forget_oldest(), persist(job, fresh=True)]
         return [*durable, Send(route, status(job, now, request.request)), *self._place(now, job)]
@@ -429,7 +438,6 @@ class Coordinator:
         ended = sorted((job.ended_at, name) for name, job in self.jobs.items() if job.state in ENDED)
         forgotten = [name for _, name in ended[:-ENDED_KEPT]]
         for name in forgotten:
-        job.notice = forgotten(known)
             del self.jobs[name]
         return [Forget(name) for name in forgotten]
 
@@ -997,6 +1005,8 @@ class Coordinator:
         if job.state == "STOPPING":
             job.state = job.outcome
             job.sentence = job.result
+            # Nobody has a lease of it any more, whether its end was heard or not.
+            job.datasets = [replace(one, leased=0) for one in reached(job)]
             return [persist(job), *self._tell(job), *self._use_room(now)]
         job.incidents.restarted()
         return self._place(now, job)

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import zmq
 from msgspec.structs import replace
@@ -25,6 +25,7 @@ from seamark.protocol.messages import (
     Datasets,
     DatasetsRequest,
     Decisions,
+    DecisionsRequest,
     Incidents,
     Message,
     Refused,
@@ -37,6 +38,7 @@ from seamark.protocol.messages import (
 from seamark.protocol.sockets import bind, connect, encrypted, make_socket
 from seamarkd.channel import Channel
 from seamarkd.coordinator.backlog import Change, coalesced, compacted
+from seamarkd.coordinator.dispatch import asked
 from seamarkd.coordinator.effects import Effect, Forget, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import ENDED, status
 from seamarkd.coordinator.jobs import Coordinator
@@ -62,6 +64,8 @@ BACKUP_INTERVAL = 300.0
 """Seconds between two copies of the manifest, if anything was written meanwhile."""
 COMPACT_FROM = 1_000
 """So many effects may wait for a commit before it is looked for those that nobody needs any more."""
+LookUp: TypeAlias = ShardsRequest | DatasetsRequest | DecisionsRequest
+"""Questions about the books on disk."""
 AT_ONCE = (BeatAnswer, Decisions, Incidents, Refused)
 """Answers that promise nothing: they go past what waits for the disk."""
 
@@ -119,7 +123,7 @@ class CoordinatorShell:
         # One thread for all that touches the database: it has one connection.
         self._disk = ThreadPoolExecutor(1, "seamark-manifest")
         self._reading: set[asyncio.Task[None]] = set()
-        self._lookups: dict[tuple[bytes, str], ShardsRequest | DatasetsRequest] = {}
+        self._lookups: dict[tuple[bytes, str], LookUp] = {}
         self._looking_up = False
         self._backup_due = 0.0
         self._commits = 0
@@ -173,7 +177,9 @@ class CoordinatorShell:
             )
             self._requests.send(status, route)
             return
-        if isinstance(message, ShardsRequest | DatasetsRequest):
+        if isinstance(message, ShardsRequest | DatasetsRequest) or (
+            isinstance(message, DecisionsRequest) and self.core.only_on_disk(message.job)
+        ):
             self._look_up_later(route, message)
             return
         if self._refused and isinstance(message, ShardRequest):
@@ -188,7 +194,7 @@ class CoordinatorShell:
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
 
-    def _look_up_later(self, route: bytes, request: ShardsRequest | DatasetsRequest) -> None:
+    def _look_up_later(self, route: bytes, request: LookUp) -> None:
         """Of each asker the latest question alone, and one at a time: commits go through the same thread."""
         asker = (route, getattr(request, "consumer", ""))
         self._lookups.pop(asker, None)
@@ -209,9 +215,11 @@ class CoordinatorShell:
         finally:
             self._looking_up = False
 
-    def _looked_up(self, request: ShardsRequest | DatasetsRequest) -> Message:
+    def _looked_up(self, request: LookUp) -> Message:
         if isinstance(request, ShardsRequest):
             return self._page(request)
+        if isinstance(request, DecisionsRequest):
+            return asked(time.monotonic(), request, self._manifest.decisions(request.job))
         if self._manifest.job(request.job) is None:
             return Refused(request.request, "UNKNOWN_JOB", f"there is no job named {request.job}", request.job)
         return Datasets(request.request, request.job, [spec for _, spec in self._manifest.datasets(request.job)])
