@@ -376,3 +376,11 @@ def test_where_the_host_goes_away_a_dataloader_ends_the_process_with_143(door: D
     with pytest.raises(SystemExit) as ended:
         next(iter(loading))
     assert ended.value.code == 143
+
+
+@pytest.mark.parametrize("name", ["", "a" * 101, "é" * 51, "a/b", "a\nb"])
+def test_a_name_that_no_data_set_can_have_is_refused_before_anybody_is_asked(name: str) -> None:
+    """Bytes count: a consumer's name on the wire has it in it."""
+    with pytest.raises(ValueError, match="the name of a data set"):
+        sharding.described(name, size=8, shard_size=2, shuffle_seed=None, epochs=1)
+    assert sharding.described("é" * 50, size=8, shard_size=2, shuffle_seed=None, epochs=1).total == 4
