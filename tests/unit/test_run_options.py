@@ -42,6 +42,7 @@ def test_a_file_gives_parameters_and_patterns(tmp_path: Path) -> None:
         ("max_delay = -1\noom_retries = true", "max_delay: must be a number of seconds"),
         ("oom_retries = ", "Invalid value"),
         ("failure_patterns = 3", "must be a list of tables"),
+        ("failure_patterns = 3\noom_retrys = 4", "did you mean oom_retries"),
         ("[[failure_patterns]]\nregex = '('\nkind = 'oom'", "is no regular expression"),
         ("[[failure_patterns]]\nregex = 'x'\nkind = 'zoom'", "is no kind of failure"),
         ("[[failure_patterns]]\nregexp = 'x'", "regexp"),
@@ -54,6 +55,41 @@ def test_what_can_not_be_used_is_named_with_its_file(tmp_path: Path, text: str, 
         _runtime(file)
     assert why in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+MISTAKES = """
+oom_retrys = 4
+
+[[failure_patterns]]
+regex = '('
+kind = "zoom"
+
+[[failure_patterns]]
+regexp = "x"
+
+[[failure_patterns]]
+regex = "fine"
+kind = "transient"
+
+[[failure_patterns]]
+regex = "y*"
+kind = "transient"
+"""
+
+
+def test_of_several_mistakes_each_is_named_with_its_key_and_number(tmp_path: Path) -> None:
+    file = tmp_path / "retries.toml"
+    file.write_text(MISTAKES)
+    with pytest.raises(SettingsError) as caught:
+        _runtime(file)
+    named = [line.removeprefix(f"--runtime-config {file}: ").split(": ")[0] for line in caught.value.problems]
+    assert sorted(named) == [
+        "'oom_retrys'",
+        "failure_patterns[0].kind",
+        "failure_patterns[0].regex",
+        "failure_patterns[1]",
+        "failure_patterns[3].regex",
+    ]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

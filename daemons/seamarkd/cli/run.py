@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import get_args
+from typing import TypeVar, get_args
 
 import click
 import msgspec
@@ -45,6 +45,7 @@ from seamarkd.paths import MAX_JOB_NAME, job_directory
 from seamarkd.settings import SettingsError, load
 from seamarkd.standalone import Standalone
 
+T = TypeVar("T")
 FOLLOW_INTERVAL = 3.0
 POLL = 0.25
 SAY_INTERVAL = 10.0
@@ -273,20 +274,50 @@ def _modules(names: str) -> list[str]:
 
 
 def _runtime(file: Path) -> tuple[str, list[FailurePattern]]:
-    """The operational parameters and the failure patterns that a file gives."""
+    """The operational parameters and the failure patterns that a file gives.
+
+    Raises:
+        SettingsError: with every mistake, by file, key and number of the pattern.
+    """
+    problems: list[str] = []
     try:
         text = file.read_bytes()
         values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text.decode())
-        given = values.pop("failure_patterns", [])
-        if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
-            raise ValueError("failure_patterns: must be a list of tables with regex and kind")
-        patterns = [msgspec.convert(one, FailurePattern) for one in given]
-        job_patterns((one.regex, one.kind) for one in patterns)
-        return json.dumps(RuntimeConfig.from_dict(values).to_dict()), patterns
+        # What is no mapping has no patterns either, and is named as what it is.
+        patterns = _patterns(values.pop("failure_patterns", []) if isinstance(values, dict) else [], problems)
+        config = _collected(problems, lambda: json.dumps(RuntimeConfig.from_dict(values).to_dict()))
     except OSError as error:
-        raise SettingsError([f"--runtime-config {file}: {error.strerror}"]) from None
-    except (ValueError, msgspec.ValidationError) as error:
-        raise SettingsError([f"--runtime-config {file}: {line}" for line in str(error).splitlines()]) from None
+        problems = [str(error.strerror)]
+    except ValueError as error:
+        problems = str(error).splitlines()
+    if problems:
+        raise SettingsError([f"--runtime-config {file}: {problem}" for problem in problems])
+    return config or "", patterns
+
+
+def _patterns(given: object, problems: list[str]) -> list[FailurePattern]:
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        problems.append("failure_patterns: must be a list of tables with regex and kind")
+        return []
+    found: dict[int, FailurePattern] = {}
+    for number, one in enumerate(given):
+        try:
+            found[number] = msgspec.convert(one, FailurePattern)
+        except msgspec.ValidationError as error:
+            problems.append(f"failure_patterns[{number}]: {error}")
+    # In the place of one that is none stands a good one: those behind it are named by their own numbers.
+    known = [found.get(number, FailurePattern("x", "oom")) for number in range(len(given))]
+    _collected(problems, lambda: job_patterns((one.regex, one.kind) for one in known))
+    return list(found.values())
+
+
+def _collected(problems: list[str], make: Callable[[], T]) -> T | None:
+    """What it makes; None where it raised a ValueError, whose lines are problems."""
+    try:
+        return make()
+    except ValueError as error:
+        problems += str(error).splitlines()
+        return None
 
 
 def _environment(assignments: tuple[str, ...]) -> dict[str, str]:
