@@ -159,7 +159,10 @@ class Standalone:
 
 def run_directory_of(address: Path) -> Path | None:
     """The directory of sockets that a file beside a manifest names; None if there is no such file, or half of one."""
-    scheme, _, path = (address.read_text() if address.exists() else "").partition("://")
+    try:
+        scheme, _, path = address.read_text().partition("://")
+    except FileNotFoundError:
+        return None
     return Path(path).parent if scheme == "ipc" and path.endswith("/coordinator") else None
 
 
@@ -169,10 +172,9 @@ def serving(state: Path) -> str:
     Args:
         state: the directory of its manifest.
     """
-    address = state / ADDRESS_FILE
-    directory = run_directory_of(address)
+    directory = run_directory_of(state / ADDRESS_FILE)
     alive = directory is not None and listens(directory / "coordinator", socket.SOCK_STREAM)
-    return address.read_text() if alive else ""
+    return f"ipc://{directory}/coordinator" if alive else ""
 
 
 def lighthouse_beside(coordinator: str) -> str:
