@@ -35,6 +35,7 @@ from seamarkd.agent.core import Agent
 from seamarkd.agent.effects import Effect, Introduce, TellWorkers, ToCoordinator, ToLighthouse, ToWorker
 from seamarkd.channel import Channel
 from seamarkd.logs import Sparing
+from seamarkd.tally import ages
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ class Wires:
         refused = self._workers.refused
         if refused.total() != self._told:
             self._told = refused.total()
-            self.tell_coordinator(NodeRefusals(self._core.node.name, dict(refused)))
+            self.tell_coordinator(NodeRefusals(self._core.node.name, dict(refused), ages(time.monotonic(), [refused])))
         return COORDINATOR_BEAT_INTERVAL
 
     def _tick(self) -> float:
