@@ -306,6 +306,8 @@ class Store:
         return [sys.executable, "-m", "torch.distributed.TCPStore", self.host, str(self.port)]
 
     def run(self, serving: Callable[[], None] = lambda: None) -> None:
+        # Slurm sends it to every process of a job: ranks that save then, and who waits for them, need their store.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         look_up_hosts_in_files()
         distributed = importlib.import_module("torch.distributed")
         # The server brings a client of its own, which must have an address to go to.
@@ -1141,8 +1143,8 @@ class Keeper:
                 kill(pid, signal.SIGTERM)
         # The last checkpoints may need the store: it goes when nobody else is left.
         if stop.final and left.keys() <= stores:
-            for pid in stores - stop.asked_groups:
-                ask_to_end(pid, stop)
+            for pid in stores:
+                kill_group(pid, signal.SIGKILL)
 
 
 def ask_to_end(group: int, stop: Stop) -> None:
