@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from slurm import Cluster, cluster, why_not
 from standalone import HERE, wait_for
+from suite import free_ports
 
 pytestmark = [pytest.mark.inprocess, pytest.mark.skipif(bool(why_not()), reason=f"no Slurm here: {why_not()}")]
 
@@ -126,3 +127,51 @@ def test_with_kill_on_bad_exit_it_ends_the_step(slurm: Cluster, tmp_path: Path) 
     step.wait_entered(0)
     os.kill(step.said(2)[0]["monitor"], signal.SIGKILL)
     assert step.finish() != 0
+
+
+def test_the_example_saves_when_it_is_asked_and_is_queued_again(slurm: Cluster, tmp_path: Path) -> None:
+    shutil.copy(HERE / "train_monitored.py", tmp_path / "train.py")
+    options = ("--ntasks-per-node=2", f"--chdir={tmp_path}", f"--output={tmp_path}/output")
+    job = slurm.submit(*options, str(EXAMPLES / "slurm.sbatch"), "train.py", PYTHON=sys.executable)
+
+    def all_said(what: str, generation: str) -> bool:
+        return all(any(one["generation"] == generation for one in said(tmp_path, slot, what)) for slot in range(4))
+
+    wait_for("the first iteration", lambda: all_said("entered", "0"))
+    slurm.command("scancel", "--signal=TERM", str(job))
+    wait_for("all to save", lambda: all_said("saved", "0"))
+    wait_for("the job to begin anew", lambda: all_said("entered", "1"))
+    assert slurm.job(job)["Restarts"] == "1"
+    (tmp_path / "finish").touch()
+    wait_for("its end", lambda: slurm.job(job)["JobState"] == "COMPLETED")
+    assert slurm.job(job)["ExitCode"] == "0:0", (tmp_path / "output").read_text()
+
+
+def test_seamark_run_in_an_allocation(slurm: Cluster, tmp_path: Path) -> None:
+    """With the daemons on each node by srun: a rank is killed and replaced, and the end is the job's."""
+    for name in ("train.py", "together.py"):
+        shutil.copy(HERE / "together.py", tmp_path / name)
+    options = (f"--chdir={tmp_path}", f"--output={tmp_path}/output")
+    more = ("--nproc-per-node", "2", "--log-dir", str(tmp_path / "logs"), "train.py", "wrapped")
+    (port,) = free_ports(1)
+    path = f"{Path(sys.executable).parent}:{slurm.env['PATH']}"
+    suite = str(EXAMPLES / "slurm_suite.sbatch")
+    job = slurm.submit(*options, suite, *more, SEAMARK_PORT=str(port), TMPDIR=str(tmp_path), PATH=path)
+
+    def lines(rank: int) -> list[dict[str, Any]]:
+        file = tmp_path / f"said-{rank}"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def entered(times: int) -> bool:
+        assert slurm.job(job)["JobState"] in ("PENDING", "RUNNING"), (tmp_path / "output").read_text()
+        return all(len(lines(rank)) >= times for rank in range(4))
+
+    wait_for("the first iteration", lambda: entered(1))
+    assert {lines(rank)[0]["node"] for rank in range(4)} == {"n1", "n2"}
+    os.kill(lines(3)[0]["pid"], signal.SIGKILL)
+    wait_for("the next iteration", lambda: entered(2))
+    assert lines(3)[-1]["pid"] != lines(3)[0]["pid"]
+    (tmp_path / "finish").touch()
+    wait_for("its end", lambda: slurm.job(job)["JobState"] not in ("RUNNING", "COMPLETING"))
+    assert slurm.job(job)["ExitCode"] == "0:0", (tmp_path / "output").read_text()
+    wait_for("the daemons to be gone", lambda: not slurm.left("seamark"))

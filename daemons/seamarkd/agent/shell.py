@@ -756,7 +756,8 @@ class AgentShell:
     async def _end_job(self, job: str, kept: Kept, grace: float, *, final: bool = True) -> None:
         await asyncio.gather(self._stop_keeper(job, kept, grace, final=final), self._stop_orphans(kept, grace))
         # Its keeper may have been killed while it stopped them; and the store goes last.
-        # The store ends by nothing less than SIGKILL, and has nothing to save.
+        await self._stop_orphans(kept, grace)
+        # It heeds nothing less than SIGKILL, and has nothing to save.
         await self._stop_orphans(kept, 0.0, store=final)
         if final:
             kept.let_go()
