@@ -141,37 +141,82 @@ def test_the_example_saves_when_it_is_asked_and_is_queued_again(slurm: Cluster, 
     slurm.command("scancel", "--signal=TERM", str(job))
     wait_for("all to save", lambda: all_said("saved", "0"))
     wait_for("the job to begin anew", lambda: all_said("entered", "1"))
+    assert said(tmp_path, 0, "entered")[-1]["iteration"] == 0, "it has another lighthouse"
     assert slurm.job(job)["Restarts"] == "1"
     (tmp_path / "finish").touch()
     wait_for("its end", lambda: slurm.job(job)["JobState"] == "COMPLETED")
     assert slurm.job(job)["ExitCode"] == "0:0", (tmp_path / "output").read_text()
 
 
-def test_seamark_run_in_an_allocation(slurm: Cluster, tmp_path: Path) -> None:
-    """With the daemons on each node by srun: a rank is killed and replaced, and the end is the job's."""
-    for name in ("train.py", "together.py"):
-        shutil.copy(HERE / "together.py", tmp_path / name)
-    options = (f"--chdir={tmp_path}", f"--output={tmp_path}/output")
-    more = ("--nproc-per-node", "2", "--log-dir", str(tmp_path / "logs"), "train.py", "wrapped")
-    (port,) = free_ports(1)
-    path = f"{Path(sys.executable).parent}:{slurm.env['PATH']}"
-    suite = str(EXAMPLES / "slurm_suite.sbatch")
-    job = slurm.submit(*options, suite, *more, SEAMARK_PORT=str(port), TMPDIR=str(tmp_path), PATH=path)
+class Allocation:
+    """The example with the daemons, on two nodes with two ranks each."""
 
-    def lines(rank: int) -> list[dict[str, Any]]:
-        file = tmp_path / f"said-{rank}"
+    def __init__(self, slurm: Cluster, home: Path) -> None:
+        self.slurm = slurm
+        self.home = home
+        shutil.copy(HERE / "together.py", home / "train.py")
+        options = (f"--chdir={home}", f"--output={home}/output", str(EXAMPLES / "slurm_suite.sbatch"))
+        more = ("--nproc-per-node", "2", "--log-dir", str(home / "logs"), "train.py", "wrapped")
+        (port,) = free_ports(1)
+        env = {"SEAMARK_PORT": str(port), "TMPDIR": str(home)}
+        env["PATH"] = f"{Path(sys.executable).parent}:{slurm.env['PATH']}"
+        self.job = slurm.submit(*options, *more, **env)
+
+    def lines(self, rank: int) -> list[dict[str, Any]]:
+        file = self.home / f"said-{rank}"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def entered(times: int) -> bool:
-        assert slurm.job(job)["JobState"] in ("PENDING", "RUNNING"), (tmp_path / "output").read_text()
-        return all(len(lines(rank)) >= times for rank in range(4))
+    def wait_entered(self, times: int) -> None:
+        def entered() -> bool:
+            assert self.slurm.job(self.job)["JobState"] in ("PENDING", "RUNNING"), self.text()
+            return all(len(self.lines(rank)) >= times for rank in range(4))
 
-    wait_for("the first iteration", lambda: entered(1))
-    assert {lines(rank)[0]["node"] for rank in range(4)} == {"n1", "n2"}
-    os.kill(lines(3)[0]["pid"], signal.SIGKILL)
-    wait_for("the next iteration", lambda: entered(2))
-    assert lines(3)[-1]["pid"] != lines(3)[0]["pid"]
+        wait_for(f"iteration {times - 1}", entered)
+
+    def text(self) -> str:
+        return (self.home / "output").read_text()
+
+    def finish(self) -> dict[str, str]:
+        """What the controller says of its end, once nothing is left of it."""
+        wait_for("its end", lambda: self.slurm.job(self.job)["JobState"] not in ("RUNNING", "COMPLETING"))
+        wait_for("the daemons to be gone", lambda: not self.slurm.left("seamark"))
+        assert not list(self.home.glob("seamark.*")), "its directories go with it"
+        return self.slurm.job(self.job)
+
+
+def test_seamark_run_in_an_allocation(slurm: Cluster, tmp_path: Path) -> None:
+    """A rank is killed and replaced; the nodes have Slurm's names, and the end is the job's."""
+    run = Allocation(slurm, tmp_path)
+    run.wait_entered(1)
+    assert {run.lines(rank)[0]["node"] for rank in range(4)} == {"n1", "n2"}
+    os.kill(run.lines(3)[0]["pid"], signal.SIGKILL)
+    run.wait_entered(2)
+    assert run.lines(3)[-1]["pid"] != run.lines(3)[0]["pid"]
     (tmp_path / "finish").touch()
-    wait_for("its end", lambda: slurm.job(job)["JobState"] not in ("RUNNING", "COMPLETING"))
-    assert slurm.job(job)["ExitCode"] == "0:0", (tmp_path / "output").read_text()
-    wait_for("the daemons to be gone", lambda: not slurm.left("seamark"))
+    assert run.finish()["ExitCode"] == "0:0", run.text()
+
+
+@pytest.mark.parametrize("flags", [("--batch", "--signal=TERM"), ()], ids=["asked", "cancelled"])
+def test_an_allocation_that_is_to_end_leaves_no_daemon(slurm: Cluster, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    run = Allocation(slurm, tmp_path)
+    run.wait_entered(1)
+    slurm.command("scancel", *flags, str(run.job))
+    assert run.finish()["ExitCode"] == "143:0", run.text()
+
+
+def test_a_lost_node_costs_its_ranks_alone(slurm: Cluster, tmp_path: Path) -> None:
+    step = Step(slurm, tmp_path, "--no-kill")
+    step.wait_entered(0)
+    on = {slot: step.said(slot)[0]["host"] for slot in range(4)}
+    stay = tuple(slot for slot in range(4) if on[slot] == "n1")
+    slurm.lose_node("n2")
+    try:
+        step.wait_entered(1, stay)
+        assert {step.said(slot)[-1]["world"] for slot in stay} == {len(stay)}
+        wait_for("Slurm to know", lambda: "down" in slurm.command("sinfo", "--noheader", "--format=%T"))
+        (tmp_path / "finish").touch()
+        assert step.process.wait(90.0) == 0, "Slurm does not count what it lost itself"
+    finally:
+        slurm.start_node("n2")
+    step.finish()
+    assert [len(step.said(slot)) for slot in stay] == [2] * len(stay), step.text()
