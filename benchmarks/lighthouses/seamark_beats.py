@@ -3,7 +3,7 @@
 Each connection is a node with its ranks (one Beat for all of them) or a replica group (ReplicaBeat). Beats are spread
 evenly over the interval, as those of hosts that know nothing of each other. With an interval of 0 each connection
 sends its next beats when the last ones are answered: as many as the lighthouse takes. A replica's beat is answered,
-and every fifth of a node's.
+and every tenth of a node's.
 
 A node introduces itself first and reports its ranks as started; it does so again when it is told that nobody knows it.
 """
@@ -224,7 +224,7 @@ class Generator:
                     self.refusal = self.refusal or reason
 
     def _answered(self, peer: Peer, sequence: int) -> None:
-        """A node's fifth beat is answered, and with it those before."""
+        """A node's tenth beat is answered, and with it those before."""
         if not peer.starts and not peer.acknowledged:
             peer.acknowledged = 1
             self._unready -= 1

@@ -720,6 +720,18 @@ def test_a_stop_leaves_nothing_behind(directory: Path, manner: str) -> None:
     play(scenario())
 
 
+def test_two_that_stop_a_keeper_at_once_get_an_answer_or_an_error_each(directory: Path) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            both = await asyncio.gather(session.client.stop(0), session.client.stop(0), return_exceptions=True)
+            assert all(one == [] or isinstance(one, KeeperError) for one in both), both
+            with pytest.raises(KeeperError) as error:
+                await session.client.stop(0)
+            assert error.value.code == "closed"
+
+    play(scenario())
+
+
 def test_a_stop_that_is_not_final_ends_the_workers_and_what_they_left(directory: Path) -> None:
     async def scenario() -> None:
         async with keeper(directory) as session:

@@ -15,11 +15,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
-from seamark.inprocess.groups import Creation, GlooLoop, GroupWatch, Socket, open_sockets
-from seamark.inprocess.resolver import no_name_server
+from seamark.inprocess.groups import Creation, GlooLoop, GroupWatch, Socket
 from seamark.inprocess.state import State
 
 _NCCL_ABORT_TIMEOUT = 1.0
@@ -95,7 +93,7 @@ class ProcessGroups:
         self._dropping.clear()
 
     def adopt(self, client: Any, connection: Socket) -> Any:
-        """The ``TCPStore`` client itself, made by ``connect``, whose connection ``cut()`` will cut from now on.
+        """The ``TCPStore`` client itself, of a ``StoreConnection``, whose connection ``cut()`` will cut from now on.
 
         Raises IterationAborted after ``cut()``.
         """
@@ -212,23 +210,6 @@ class ProcessGroups:
         with self._changed:
             self._held.append(held)
         return True
-
-
-def connect(host: str, port: int, timeout: float) -> tuple[Any, Socket]:
-    """A ``TCPStore`` client of its own, connected within ``timeout`` seconds, and its connection.
-
-    Raises torch's DistNetworkError when nobody answers.
-    """
-    # The store tells its socket only by repr(), which looks its address up by name: 5 s with a slow resolver.
-    from torch.distributed import TCPStore
-
-    while True:
-        before = {s.inode for s in open_sockets()}
-        with no_name_server():
-            client = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
-        new = [s for s in open_sockets() if s.inode not in before and (s.peer() or ("", 0))[1] == port]
-        if len(new) == 1:
-            return client, new[0]
 
 
 def end_reading(connection: Socket) -> socket.socket | None:

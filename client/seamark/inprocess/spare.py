@@ -7,13 +7,12 @@ been started anew is useless: the store's incarnation tells.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
-from seamark.inprocess.abort import connect
 from seamark.inprocess.exceptions import StoreUnreachableError
 from seamark.inprocess.groups import Socket
+from seamark.inprocess.store_client import StoreConnection
 from seamark.protocol.messages import StoreAddress
 
 
@@ -26,51 +25,73 @@ class SpareStore:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._thread: threading.Thread | None = None
         self._address = StoreAddress()
-        self._ready: tuple[Any, Socket] | None = None
+        self._spare: StoreConnection | None = None
+        self._awaited: StoreConnection | None = None
+        self._given_up: list[StoreConnection] = []
 
     def prepare(self, address: StoreAddress, first: Callable[[Any], None] = lambda _: None) -> None:
         """Begins to connect the next client, on a thread, where ``first`` may use it before anybody else."""
         self._address = address
-        self._thread = threading.Thread(
-            target=self._connect, args=(address, first), name="seamark-spare-store", daemon=True
-        )
-        self._thread.start()
+        self._spare = StoreConnection(address.host, address.port, self._timeout, first)
 
-    def take(self, address: StoreAddress) -> tuple[Any, Socket]:
+    def take(self, address: StoreAddress, unwanted: Callable[[], bool] = bool) -> tuple[Any, Socket]:
         """A connected client of this store: the spare if it is one, else a new one.
 
+        Args:
+            address: of the store.
+            unwanted: whether the iteration that it is for is over; asked once ``free`` frees this call.
+
         Raises:
-            StoreUnreachableError: nobody answers.
+            StoreUnreachableError: nobody answers, or it was freed.
         """
-        ready = self._collect()
-        if ready is not None and self._address == address:
-            return ready
+        spare, self._spare = self._spare, None
+        if spare is not None and self._address == address:
+            try:
+                return self._wait(spare, unwanted)
+            except RuntimeError:
+                # The store may be there again.
+                pass
+        elif spare is not None:
+            self._give_up(spare)
+            if (self._address.host, self._address.port) == (address.host, address.port):
+                # What is cut is told by its port.
+                spare.join()
         try:
-            return connect(address.host, address.port, self._timeout)
+            return self._wait(StoreConnection(address.host, address.port, self._timeout), unwanted)
         except RuntimeError as error:
             why = str(error).strip().split("\n", 1)[0]
             raise StoreUnreachableError(
                 f"the job's TCPStore does not answer on {address.host}:{address.port}: {why}"
             ) from None
 
+    def free(self) -> None:
+        """Frees the thread that is in ``take``, if one is; from any thread, waits for nothing."""
+        awaited = self._awaited
+        if awaited is not None:
+            awaited.give_up()
+
     def close(self) -> None:
         """Gives the spare up."""
-        self._collect()
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            self._give_up(spare)
+        for one in self._given_up:
+            one.join()
+        self._given_up.clear()
 
-    def _collect(self) -> tuple[Any, Socket] | None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        ready, self._ready = self._ready, None
-        return ready
+    def _give_up(self, connection: StoreConnection) -> None:
+        connection.give_up()
+        self._given_up = [one for one in (*self._given_up, connection) if not one.over]
 
-    def _connect(self, address: StoreAddress, first: Callable[[Any], None]) -> None:
+    def _wait(self, connection: StoreConnection, unwanted: Callable[[], bool]) -> tuple[Any, Socket]:
+        self._awaited = connection
         try:
-            ready = connect(address.host, address.port, self._timeout)
-            first(ready[0])
-            self._ready = ready
+            if unwanted():
+                connection.give_up()
+            return connection.client()
         except RuntimeError:
-            # The store is gone: take() will say so when a client is needed.
-            self._ready = None
+            self._give_up(connection)
+            raise
+        finally:
+            self._awaited = None

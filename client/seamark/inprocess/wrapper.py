@@ -343,7 +343,8 @@ class _Restarter:
         if self._interrupter.aborted(quorum.iteration):
             raise RestartInterrupt
         state = self._state
-        client = self._groups.adopt(*self._spare.take(quorum.store))
+        unwanted = functools.partial(self._interrupter.aborted, quorum.iteration)
+        client = self._groups.adopt(*self._spare.take(quorum.store, unwanted))
         if state.active_rank == 0:
             ranks = state.active_world_size
             counters.announce(client, iteration=quorum.iteration, restarts=quorum.restarts, ranks=ranks)
@@ -436,6 +437,7 @@ class _Restarter:
         with self._cutting:
             # Once the main thread has left this iteration, what there is to cut belongs to the next one.
             if 0 <= self._inside <= iteration:
+                self._spare.free()
                 self._groups.cut()
         if first:
             self._stamps["aborted"] = time.monotonic()

@@ -31,8 +31,9 @@ WorkerGroup = Literal["node", "rank"]
 CpuBinding = Literal["none", "node", "socket", "exclusive", "core-complex"]
 GpuBinding = Literal["none", "single"]
 
-ANSWER_EVERY = 5
-"""The lighthouse answers one of so many beats of a known node, and all of a stranger's: half a beat is its answer."""
+ANSWER_EVERY = 10
+"""The lighthouse answers one of so many beats of a known node, and all of a stranger's: an answer costs what three
+beats cost."""
 RANKS = "ranks"
 """The group whose members are the workers of a job."""
 REPLICAS = "replicas"

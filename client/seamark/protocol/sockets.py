@@ -130,13 +130,14 @@ def receive(socket: zmq.Socket[Any]) -> list[bytes] | None:
     Raises:
         zmq.ZMQError: the socket can't be read.
     """
+    recv = socket.recv
     try:
-        frame = socket.recv(_NOBLOCK, copy=False)
+        frame = recv(_NOBLOCK, False)
     except zmq.Again:
         return None
     frames = [frame.bytes]
     while frame.more:
-        frame = socket.recv(_NOBLOCK, copy=False)
+        frame = recv(_NOBLOCK, False)
         frames.append(frame.bytes)
     return frames
 

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from seamark.inprocess.abort import call_as_every_peer, connect, end_reading, shut_down
+from seamark.inprocess.abort import call_as_every_peer, end_reading, shut_down
 from seamark.inprocess.groups import Creation, GlooLoop, Socket
 from seamark.inprocess.resolver import no_name_server
+from seamark.inprocess.store_client import StoreConnection
 
 Backend = Literal["gloo", "nccl"]
 DROP_TIMEOUT = 5.0
@@ -50,6 +51,7 @@ class ReconfigurableGroup:
         self._loops: list[GlooLoop] = []
         self._held: list[socket.socket] = []
         self._dropping: list[threading.Thread] = []
+        self._connecting: StoreConnection | None = None
         self._under_way: tuple[Creation, Socket] | None = None
         self._was_cut = False
         self._size = 0
@@ -83,7 +85,7 @@ class ReconfigurableGroup:
         """
         self.cut()
         host, _, port = store_address.rpartition(":")
-        client, connection = connect(host, int(port), timeout)
+        client, connection = self._connected(host, int(port), timeout, gone)
         creation = Creation(size)
         with self._lock:
             self._under_way = (creation, connection)
@@ -110,6 +112,22 @@ class ReconfigurableGroup:
         # Every rank has left the group before this one: nobody's send can be broken any more (see end_reading).
         for duplicate in held:
             duplicate.close()
+
+    def _connected(self, host: str, port: int, timeout: float, gone: Callable[[], bool]) -> tuple[Any, Socket]:
+        connecting = StoreConnection(host, port, timeout)
+        with self._lock:
+            self._connecting = connecting
+        try:
+            if gone():
+                connecting.give_up()
+            return connecting.client()
+        except RuntimeError:
+            if gone():
+                raise GroupUnavailable("a replica group was lost while the store was connected to") from None
+            raise
+        finally:
+            with self._lock:
+                self._connecting = None
 
     def _make(self, store: Any, rank: int, size: int) -> Any:
         if self.backend == "nccl":
@@ -145,6 +163,9 @@ class ReconfigurableGroup:
             loops, self._loops = self._loops, []
             self._size = 0
             self._was_cut = True
+            connecting = self._connecting
+        if connecting is not None:
+            connecting.give_up()
         if group is None:
             self._cut_creation()
             return

@@ -411,14 +411,17 @@ class KeeperClient:
             the process ids that not even SIGKILL ended.
 
         Raises:
-            KeeperError: no answer.
+            KeeperError: no answer, or the keeper has ended (`code` "closed").
         """
         timeout = grace + 15.0 if timeout is None else timeout
         request = {"type": "stop", "grace": grace, "final": final}
         if not final:
             return list((await self._ask(request, timeout)).message["left"])
         self._on_closed = lambda _: None
-        keeper = os.pidfd_open(self.ready.pid)
+        try:
+            keeper = os.pidfd_open(self.ready.pid)
+        except ProcessLookupError:
+            raise KeeperError("closed", "the keeper has ended already") from None
         try:
             left = list((await self._ask(request, timeout)).message["left"])
             await self._until_gone(keeper, timeout)

@@ -95,6 +95,8 @@ class Kept(Struct):
     adopted: bool = False
     """An earlier agent started the keeper: it ends when it is told to, not when this agent gives up connecting."""
     ending: bool = False
+    over: bool = False
+    """Its keeper and all that was its have ended, as they were told."""
     steps: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
     emptied: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by each exit that leaves no process."""
@@ -781,10 +783,14 @@ class AgentShell:
             kept.ending = final
             left = await keeper.stop(grace, final=final)
         except KeeperError as error:
+            if kept.over:
+                # Its end was asked for twice (the job's, the agent's own), and the other was sooner.
+                return
             log.error("job %s: can't stop the workers: %s", job, error)
             kept.ending = final
             self._orphan_all(job, kept)
             return
+        kept.over = final
         if left:
             log.error("job %s: processes that not even SIGKILL ended: %s", job, left)
 

@@ -103,12 +103,15 @@ class NodeWatch:
             for node in self.nodes.values():
                 node.last_beat = min(now, node.last_beat + self._excused)
             self._excused = 0.0
+        heard_since = now - SUSPECT_BEATS * self.beat_interval
         for node in self.nodes.values():
-            if node.suspect_since is None and now - node.last_beat > SUSPECT_BEATS * self.beat_interval:
+            if node.last_beat < heard_since and node.suspect_since is None:
                 node.suspect_since = now
                 left = node.last_beat + LOST_BEATS * self.beat_interval - now
                 effects += [Probe(node.name, node.address), Wake(max(0.0, left) + DEADLINE_PASSED)]
         suspects = [node for node in self.nodes.values() if node.suspect_since is not None]
+        if not suspects and not self.sentence:
+            return effects, []
         if suspects and self._all_at_once():
             self.sentence = (
                 f"{len(suspects)} of {len(self.nodes)} nodes are silent at once: that is probably this lighthouse's "
