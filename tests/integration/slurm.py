@@ -19,7 +19,7 @@ from suite import free_ports
 
 PROGRAMS = ["munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "unshare"]
 NODES = ("n1", "n2")
-SBIN = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
+SBIN = f"{os.environ.get("PATH", "")}:/usr/local/sbin:/usr/sbin:/sbin"
 CPUS = 4
 AS_HOST = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 """A slurmd that is not built for several on one host goes by the host's name, and so does what it starts."""
@@ -146,10 +146,9 @@ class Cluster:
         states = self.command("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
         return states == ["idle"] * len(NODES)
 
-    def number_of(self, srun: int) -> str:
-        """The number of the job that this srun was given; empty until it has one."""
-        jobs = self.command("squeue", "--noheader", "--states=RUNNING", "--format=%i %B").split("\n")
-        return jobs[0].split()[0] if jobs[0] else ""
+    def running(self) -> str:
+        """The number of the one job that runs; empty if none does."""
+        return self.command("squeue", "--noheader", "--states=RUNNING", "--format=%i").strip()
 
     def job(self, number: int) -> dict[str, str]:
         """What the controller says of a job."""

@@ -39,7 +39,7 @@ class Step:
         shutil.copy(HERE / "train_monitored.py", self.script)
         command = ("srun", *FLAGS, *flags, sys.executable, str(self.script))
         self.process = slurm.start(*command, output=home / "output")
-        self.job = wait_for("the job", lambda: slurm.number_of(self.process.pid))
+        self.job = wait_for("the job", slurm.running)
 
     def said(self, slot: int, what: str = "entered") -> list[dict[str, Any]]:
         return said(self.home, slot, what)
