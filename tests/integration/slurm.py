@@ -19,7 +19,7 @@ from suite import free_ports
 
 PROGRAMS = ["munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "unshare"]
 NODES = ("n1", "n2")
-SBIN = f"{os.environ.get("PATH", "")}:/usr/local/sbin:/usr/sbin:/sbin"
+SBIN = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 CPUS = 4
 AS_HOST = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 """A slurmd that is not built for several on one host goes by the host's name, and so does what it starts."""

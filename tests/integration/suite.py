@@ -100,6 +100,16 @@ class Suite:
     def run(self, home: Path, *options: str, **more: Any) -> Run:
         return Run(home, *options, env=self.env, prefix=self.prefix, **more)
 
+    def keepers(self, name: str) -> list[psutil.Process]:
+        """The keepers of a job, of this suite alone: another's beside it may have a job of this name."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                options = dict(itertools.pairwise(process.cmdline()))
+                if options.get("--job") == name and options.get("--socket", "").startswith(f"{self.home}/"):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.pid)
+
     def status(self) -> dict[str, Any]:
         """What ``seamark status --json`` prints, whatever its exit code."""
         return dict(json.loads(self.command("status", "--json", code=None)))
@@ -189,17 +199,6 @@ class Following:
     def close(self) -> None:
         self.process.terminate()
         assert self.process.wait(30.0) == -signal.SIGTERM
-
-
-def keepers(name: str) -> list[psutil.Process]:
-    """The keepers of a job."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if ("--job", name) in itertools.pairwise(words) and "--socket" in words:
-                found.append(process)
-    return sorted(found, key=lambda process: process.pid)
 
 
 @contextmanager

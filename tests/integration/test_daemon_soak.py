@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from standalone import DEADLINE, TRAINING, Run, standalone, wait_for
-from suite import Suite, keepers, suite
+from suite import Suite, suite
 
 from harness import results
 from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
@@ -108,7 +108,7 @@ class Faults:
         return program.pid != 0 and _kill(program.pid)
 
     def _keeper(self) -> bool:
-        there = keepers(self.run.name)
+        there = self.cluster.keepers(self.run.name)
         return bool(there) and _kill(self.chance.choice(there).pid)
 
     def _supervisord(self) -> bool:
@@ -184,7 +184,7 @@ def test_daemons_keepers_and_ranks_killed_at_random_moments(tmp_path: Path) -> N
                 faults.one()
             cluster.wait_healthy()
             wait_for(f"steps of all ranks after {faults.done[-5:]}", lambda: _together(run), SETTLED)
-            wait_for("a keeper for each node", lambda: len(keepers("soak")) == 2)
+            wait_for("a keeper for each node", lambda: len(cluster.keepers("soak")) == 2)
             steps = max(report["step"] for report in run.reports(0) if report["event"] == "step") + 50
             (tmp_path / "end").write_text(str(steps))
             (tmp_path / "end").rename(until)

@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import random
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -23,7 +25,8 @@ import pytest
 
 from seamark.progress import Canaries, ProgressPage, create, incarnation_hash
 from seamarkd.agent import watch
-from seamarkd.agent.keeper_client import Held, KeeperClient, KeeperError, Process
+from seamarkd.agent.keeper_answers import Held, KeeperError, Process
+from seamarkd.agent.keeper_client import KeeperClient
 from seamarkd.agent.watch import DeathWatch
 
 pytestmark = pytest.mark.integration
@@ -353,6 +356,8 @@ def test_a_held_worker_ends_with_its_keeper_and_a_released_one_does_not(director
             assert running(released.process.pid)
             os.kill(released.process.pid, signal.SIGKILL)
             (directory / "keeper").unlink()
+            # It closes its end of the gate before it is gone.
+            await until(lambda: not running(session.client.ready.pid), "the keeper to end")
 
     play(scenario())
 
@@ -439,6 +444,25 @@ def test_start_is_idempotent(directory: Path) -> None:
             assert {(await session.next_exit()).incarnation for _ in range(2)} == {"first", "second"}
             assert session.log("worker").read_text() == "started\n" * 2
             assert session.log("worker").stat().st_mode & 0o777 == 0o600
+
+    play(scenario())
+
+
+def test_a_start_that_was_answered_too_late_is_undone(directory: Path) -> None:
+    """The keeper was stopped, or its host was busy, and nobody would have released the worker."""
+
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            script = session.script("import signal; signal.pause()")
+            os.kill(session.client.ready.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(KeeperError, match="did not answer 'start'") as refusal:
+                    await session.start("late", script, held=True, timeout=0.1)
+            finally:
+                os.kill(session.client.ready.pid, signal.SIGCONT)
+            assert refusal.value.code == "timeout"
+            exited = await session.next_exit()
+            assert (exited.slot, exited.status) == ("late", -signal.SIGKILL)
 
     play(scenario())
 
@@ -794,6 +818,59 @@ def test_a_terminated_keeper_ends_its_workers_and_a_killed_one_does_not(director
     play(scenario())
 
 
+def test_a_full_disk_keeps_no_keeper_from_ending_its_workers(directory: Path) -> None:
+    """It says in its log that it was terminated, or would."""
+
+    async def scenario() -> None:
+        (directory / "keeper.log").symlink_to("/dev/full")
+        async with keeper(directory) as session:
+            held = await session.start("worker", session.script("import signal; signal.pause()"))
+            os.kill(session.client.ready.pid, signal.SIGTERM)
+            assert (await session.next_exit()).status == -signal.SIGTERM
+            await until(lambda: not running(session.client.ready.pid), "the keeper to end")
+            assert not running(held.process.pid)
+            assert not (directory / "keeper").exists(), "it ended in good order"
+
+    play(scenario())
+
+
+def test_a_keeper_that_does_not_answer_to_its_end_is_killed(directory: Path) -> None:
+    """It was stopped, say; its workers are its agent's to end."""
+
+    async def scenario() -> None:
+        session = Session(directory)
+        await session.spawn()
+        held = await session.start("worker", session.script("import signal; signal.pause()"))
+        os.kill(session.client.ready.pid, signal.SIGSTOP)
+        with pytest.raises(KeeperError, match="did not answer 'stop'") as refusal:
+            await session.client.stop(0, timeout=0.2)
+        assert refusal.value.code == "timeout"
+        await until(lambda: not running(session.client.ready.pid), "the keeper to end")
+        assert running(held.process.pid)
+        signal.pidfd_send_signal(held.pidfd, signal.SIGKILL)
+        await until(lambda: not running(held.process.pid), "the worker to end")
+        session.client.close()
+        session.release()
+
+    play(scenario())
+
+
+def test_a_keeper_that_was_killed_a_moment_ago_cannot_be_asked_to_stop(directory: Path) -> None:
+    """Before this end has heard of it."""
+
+    async def scenario() -> None:
+        session = Session(directory)
+        await session.spawn()
+        os.kill(session.client.ready.pid, signal.SIGKILL)
+        os.waitpid(session.client.ready.pid, 0)
+        with pytest.raises(KeeperError) as refusal:
+            await session.client.stop(0)
+        assert refusal.value.code == "closed"
+        session.client.close()
+
+    play(scenario())
+
+
 # -- agents --------------------------------------------------------------------------------------------------
 
 
@@ -816,6 +893,26 @@ def test_the_newest_epoch_has_the_keeper(directory: Path) -> None:
     play(scenario())
 
 
+def test_a_keeper_that_is_not_ready_in_time_holds_up_nobody_even_if_it_cannot_be_killed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It imports torch from a file system that hangs, and SIGKILL has no effect until that is back."""
+    there: list[int] = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: there.append(process.pid))
+
+    async def scenario() -> None:
+        (directory / "hangs.py").write_text("import signal; signal.pause()")
+        session = Session(directory)
+        with pytest.raises(KeeperError, match="was not ready after 0.5 s"):
+            await session.spawn(preload=("hangs",), env=environment(PYTHONPATH=str(directory)), timeout=0.5)
+        (pid,) = there
+        assert running(pid)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: not Path(f"/proc/{pid}").exists(), "it to be reaped")
+
+    play(scenario())
+
+
 def test_two_keepers_do_not_share_a_socket(directory: Path) -> None:
     async def scenario() -> None:
         async with keeper(directory) as session:
@@ -823,6 +920,46 @@ def test_two_keepers_do_not_share_a_socket(directory: Path) -> None:
                 await Session(directory).spawn()
             assert await session.client.list_processes() == []
             assert (directory / "keeper").stat().st_mode & 0o777 == 0o600
+
+    play(scenario())
+
+
+def test_a_keeper_without_descriptors_serves_its_agent_and_hears_others_later(directory: Path) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            pid = session.client.ready.pid
+            usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            used = {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")}
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(used) + 1)) - used), usual[1]))
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+                raw.settimeout(DEADLINE)
+                raw.connect(str(directory / "keeper"))
+                raw.send(b'{"type": "hello", "id": 1, "epoch": 0}')
+                log = directory / "keeper.log"
+                await until(lambda: "raise the limit of open files" in log.read_text(), "the keeper to say so")
+                assert await session.client.list_processes() == []
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
+                assert json.loads(raw.recv(1 << 20))["code"] == "old_epoch"
+
+    play(scenario())
+
+
+def test_an_agent_that_asks_and_does_not_read_is_held_up_alone(directory: Path) -> None:
+    """It is stopped, say; what it asks for meanwhile must not pile up here."""
+
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+                raw.connect(str(directory / "keeper"))
+                raw.setblocking(False)
+                asked = 0
+                while select.select([], [raw], [], 1.0)[1]:
+                    asked += 1
+                    assert asked < 100_000, "the kernel holds some thousands of so small packets"
+                    raw.send(json.dumps({"type": "list", "id": asked}).encode())
+                assert await session.client.list_processes() == []
+                raw.settimeout(DEADLINE)
+                assert [json.loads(raw.recv(1 << 20))["id"] for _ in range(asked)] == list(range(1, asked + 1))
 
     play(scenario())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from standalone import Run, wait_for
-from suite import Suite, keepers, suite
+from suite import Suite, suite
 
 pytestmark = pytest.mark.suite
 
@@ -51,8 +51,8 @@ def life(run: Run, number: int) -> int:
     return int(wait_for(f"life {number} of the rank", lambda: path.exists() and path.read_text()))
 
 
-def lose_keeper(run: Run) -> None:
-    (keeper,) = keepers(run.name)
+def lose_keeper(cluster: Suite, run: Run) -> None:
+    (keeper,) = cluster.keepers(run.name)
     keeper.kill()
 
 
@@ -82,12 +82,12 @@ def told(run: Run, sentence: str) -> None:
 
 def test_the_agent_tells_how_a_worker_without_a_keeper_ends(cluster: Suite, run: Run) -> None:
     life(run, 0)
-    lose_keeper(run)
+    lose_keeper(cluster, run)
     end(run, 0, 43)
     life(run, 1)
     if KEEPS_EXITS:
         told(run, "exited with code 43")
-    lose_keeper(run)
+    lose_keeper(cluster, run)
     end(run, 1, 0)
     assert run.finish() == (0 if KEEPS_EXITS else 1), run.text()
 
@@ -95,7 +95,7 @@ def test_the_agent_tells_how_a_worker_without_a_keeper_ends(cluster: Suite, run:
 def test_an_agent_started_anew_takes_up_a_worker_without_a_keeper(cluster: Suite, run: Run) -> None:
     pid = life(run, 0)
     with cluster.without("agent-0"):
-        lose_keeper(run)
+        lose_keeper(cluster, run)
     (worker,) = wait_for("the rank", lambda: cluster.status()["coordinator"]["members"].get(run.name))
     assert (worker["pid"], worker["alive"]) == (pid, True)
     end(run, 0, 44)
@@ -109,7 +109,7 @@ def test_an_agent_started_anew_takes_up_a_worker_without_a_keeper(cluster: Suite
 def test_what_nobody_saw_is_said_to_be_unknown(cluster: Suite, run: Run) -> None:
     pid = life(run, 0)
     with cluster.without("agent-0"):
-        lose_keeper(run)
+        lose_keeper(cluster, run)
         end(run, 0, 45)
         wait_for("the rank's end", lambda: not Path(f"/proc/{pid}").exists())
     told(run, "exit status unknown: its keeper was killed before it")
@@ -121,8 +121,8 @@ def test_what_nobody_saw_is_said_to_be_unknown(cluster: Suite, run: Run) -> None
 def test_the_store_of_a_lost_keeper_is_started_again_on_its_port(cluster: Suite, run: Run) -> None:
     life(run, 0)
     first = wait_for("the store", lambda: stores(cluster))
-    lose_keeper(run)
-    assert wait_for("another keeper", lambda: keepers(run.name))
+    lose_keeper(cluster, run)
+    assert wait_for("another keeper", lambda: cluster.keepers(run.name))
     assert stores(cluster) == first, "it lives on"
     first[0].kill()
     second = wait_for("another store", lambda: [one for one in stores(cluster) if one.pid != first[0].pid])

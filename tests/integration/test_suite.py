@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from standalone import DEADLINE, EVERY, Run, standalone, wait_for
-from suite import Suite, keepers, suite
+from suite import Suite, suite
 
 pytestmark = pytest.mark.suite
 
@@ -219,9 +219,9 @@ def test_agents_killed_while_their_keepers_import_torch(cluster: Suite, tmp_path
     with contextlib.closing(
         cluster.run(tmp_path / "r", *TWO_BY_TWO, "--max-restarts", "0", name=name, script=script)
     ) as run:
-        wait_for("the keepers of both nodes", lambda: len(keepers(name)) == 2)
+        wait_for("the keepers of both nodes", lambda: len(cluster.keepers(name)) == 2)
         with cluster.without("agent-0", "agent-1"):
-            keepers(name)[killed].kill()
+            cluster.keepers(name)[killed].kill()
             assert not (tmp_path / f"ran-{name}").is_file(), "the keepers had imported torch already"
         assert run.finish() == 0, run.text() + cluster.logs()
     assert (tmp_path / f"ran-{name}").read_text() == "xxxx"

@@ -41,10 +41,12 @@ from seamark.protocol.messages import (
     Welcome,
     WorkerHello,
 )
-from seamarkd.agent import core as agent
+from seamarkd.agent import effects as agent
+from seamarkd.agent.core import Agent
+from seamarkd.agent.job import Job
 from seamarkd.coordinator import effects as coordinator
+from seamarkd.coordinator.core import Coordinator
 from seamarkd.coordinator.job import JobRecord
-from seamarkd.coordinator.jobs import Coordinator
 from seamarkd.effects import Probe, Publish, Send
 from seamarkd.lighthouse.core import Lighthouse
 from seamarkd.lighthouse.nodes import ProbeResult
@@ -327,19 +329,21 @@ class Host(Peer):
     def enter(self) -> None:
         cluster = self.cluster
         self.route = f"{self.name}.{self.starts}".encode()
-        self.core = agent.Agent(self.name, lambda: f"{self.name}w{next(self._numbers)}")
+        self.core = Agent(self.name, lambda: f"{self.name}w{next(self._numbers)}")
         self.to_lighthouse = Link(cluster, lambda m, route=self.route: cluster.lighthouse.receive(route, m), waits=True)
         self.to_coordinator = Link(
             cluster, lambda m, route=self.route: cluster.coordinator.receive(route, m), waits=True
         )
         self.from_lighthouse = Link(cluster, self._from_lighthouse, waits=False)
         self.from_coordinator = Link(cluster, self._from_coordinator, waits=False)
-        self.events = Link(cluster, lambda m: self.perform(self.core.heard(m)) if self.alive else None, waits=False)
+        self.events = Link(
+            cluster, lambda m: self.perform(self.core.sessions.heard(m)) if self.alive else None, waits=False
+        )
         self._untold.clear()
         if self._drained:
-            self.core.drain("asked")
+            self.core.node.drain("asked")
         if self._memory is not None:
-            self._adopt(msgspec.json.decode(self._memory, type=agent.Job))
+            self._adopt(msgspec.json.decode(self._memory, type=Job))
         if not self.alive:
             return
         self.door = True
@@ -351,7 +355,7 @@ class Host(Peer):
         self.soon(0.3, self.subscribe)
         self.soon(0.05, self.reach_coordinator)
 
-    def _adopt(self, job: agent.Job) -> None:
+    def _adopt(self, job: Job) -> None:
         known = {one: (1, 1.0) for one in self.workers if one not in self._forgotten}
         self.perform(self.core.adopt(self.cluster.now, job, known))
         for incarnation in known:
@@ -393,7 +397,7 @@ class Host(Peer):
             self.soon(0.5, self.reach_coordinator)
 
     def _hello(self) -> NodeHello:
-        return NodeHello(self.name, self.route.decode(), "ipc:///agent", PER_NODE, "", self.core.draining)
+        return NodeHello(self.name, self.route.decode(), "ipc:///agent", PER_NODE, "", self.core.node.draining)
 
     def drain(self) -> None:
         """It is to be left."""
@@ -401,14 +405,14 @@ class Host(Peer):
         self.cluster.log(f"{self.name} drains")
         self._drained = True
         if self.alive:
-            self.perform(self.core.drain("asked"))
+            self.perform(self.core.node.drain("asked"))
 
     def serve(self) -> None:
         """It serves again."""
         self.cluster.log(f"{self.name} serves")
         self._drained = False
         if self.alive:
-            self.perform(self.core.serve())
+            self.perform(self.core.node.serve())
 
     def crash(self) -> None:
         """Its power fails: all that ran there is gone, and nobody says so."""
@@ -439,20 +443,20 @@ class Host(Peer):
         untold, self._untold = self._untold, set()
         for job in untold:
             self.to_lighthouse.send(SnapshotRequest(0, job))
-        self.perform(self.core.tick(self.cluster.now))
+        self.perform(self.core.reports.due(self.cluster.now))
 
     def dying(self, incarnation: str) -> None:
         if self.alive:
-            self.perform(self.core.dying(self.cluster.now, JOB, incarnation, "canary", self.cluster.now))
+            self.perform(self.core.losses.dying(self.cluster.now, JOB, incarnation, "canary", self.cluster.now))
 
     def exited(self, incarnation: str) -> None:
         if not self.alive:
             return
         status = self.workers[incarnation].status
         assert status is not None
-        if self.core.runs(JOB, incarnation):
+        if self.core.node.runs(JOB, incarnation):
             now = self.cluster.now
-            self.perform(self.core.exited(now, JOB, incarnation, status, now, "", []))
+            self.perform(self.core.losses.exited(now, JOB, incarnation, status, now, "", []))
         else:
             self._forgotten.add(incarnation)
 
@@ -470,7 +474,7 @@ class Host(Peer):
             case Welcome():
                 self.perform(self.core.registered(self.cluster.now))
             case Snapshot():
-                self.perform(self.core.heard(message))
+                self.perform(self.core.sessions.heard(message))
             case _:
                 self.perform(self.core.from_lighthouse(self.cluster.now, message))
 
@@ -496,7 +500,7 @@ class Host(Peer):
             case agent.ToWorker(incarnation, message):
                 self._send_worker(incarnation, message)
             case agent.TellWorkers(job, message):
-                for incarnation in self.core.listening(job):
+                for incarnation in self.core.node.listening(job):
                     if not self._send_worker(incarnation, message):
                         self._untold.add(job)
             case agent.StartWorker(_, member, incarnation):
@@ -510,12 +514,12 @@ class Host(Peer):
             case agent.Introduce():
                 self.to_coordinator.send(self._hello())
             case agent.Remember(job):
-                self._memory = msgspec.json.encode(self.core.jobs[job]) if job in self.core.jobs else None
+                self._memory = msgspec.json.encode(self.core.node.jobs[job]) if job in self.core.node.jobs else None
             case agent.ForgetExit(_, _, incarnation):
                 self._forgotten.add(incarnation)
             case agent.StartStore(job, incarnation):
                 store = StoreAddress("host", 2, incarnation)
-                self.soon(0.01, lambda: self.perform(self.core.store_started(job, store, 1)))
+                self.soon(0.01, lambda: self.perform(self.core.stores.started(job, store, 1)))
             case agent.StopJobHere(job, _, _, final):
                 self._end_workers()
                 self.soon(2.0, lambda: self._stopped(job, final=final))
@@ -525,19 +529,19 @@ class Host(Peer):
             worker.end(-15)
 
     def _stopped(self, job: str, *, final: bool) -> None:
-        if job in self.core.jobs:
+        if job in self.core.node.jobs:
             if final:
                 # With the keeper goes what it had been asked to start meanwhile.
                 self._end_workers()
-            self.perform(self.core.stopped(self.cluster.now, job))
+            self.perform(self.core.stopped(self.cluster.now, job, final=final))
 
     def _fork(self, member: str, incarnation: str) -> None:
-        job = self.core.jobs.get(JOB)
+        job = self.core.node.jobs.get(JOB)
         if job is None or job.roster is None:
             return
         if incarnation not in self.workers:
             self.workers[incarnation] = Worker(self, member, incarnation, job.roster.generation)
-        self.perform(self.core.worker_started(self.cluster.now, JOB, incarnation, 1, self.cluster.now))
+        self.perform(self.core.places.worker_started(self.cluster.now, JOB, incarnation, 1, self.cluster.now))
 
 
 class Worker:

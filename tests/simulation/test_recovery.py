@@ -168,9 +168,9 @@ def test_the_model_finds_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = Group._refusal
 
     def as_it_was(group: Group, route: bytes, request: Join | Complete) -> list[Effect] | None:
-        state = group.members.get(request.member)
+        state = group.membership.members.get(request.member)
         if state is not None and state.incarnation not in ("", request.incarnation):
-            group._dead.add(request.incarnation)
+            group.membership.dead.add(request.incarnation)
         return refusal(group, route, request)
 
     monkeypatch.setattr(Group, "_refusal", as_it_was)

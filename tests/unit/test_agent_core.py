@@ -48,16 +48,12 @@ from seamark.protocol.messages import (
     WorkersStopped,
     WorkerStarted,
 )
-from seamarkd.agent.core import (
-    ABORT_PATIENCE,
-    PREEMPTION_GRACE,
-    RESEND_INTERVAL,
-    Agent,
+from seamarkd.agent.core import Agent
+from seamarkd.agent.effects import (
     Effect,
     EndWorker,
     ForgetExit,
     Introduce,
-    Job,
     Remember,
     SignalWorker,
     StartKeeper,
@@ -69,8 +65,11 @@ from seamarkd.agent.core import (
     ToLighthouse,
     ToWorker,
 )
+from seamarkd.agent.ends import ABORT_PATIENCE
 from seamarkd.agent.hang import Verdict
-from seamarkd.exits import UNKNOWN_STATUS
+from seamarkd.agent.job import Job
+from seamarkd.agent.reports import RESEND_INTERVAL
+from seamarkd.exits import PREEMPTION_GRACE, UNKNOWN_STATUS
 
 T = TypeVar("T", bound=Message)
 NOW = 10.0
@@ -110,16 +109,16 @@ class Bench:
         self.agent = Agent("here", lambda: f"i{next(numbers)}")
         self.first = self.agent.from_coordinator(NOW, roster(policy=policy, allowance=allowance))
         for incarnation, pid in (("i0", 100), ("i1", 101)):
-            self.agent.worker_started(NOW, "job", incarnation, pid, NOW)
+            self.agent.places.worker_started(NOW, "job", incarnation, pid, NOW)
         if wrapped:
             self.agent.from_worker(NOW, "i0", WorkerHello("job", "job/0", "i0", 100, True))
             self.agent.from_worker(NOW, "i1", WorkerHello("job", "job/1", "i1", 101, True))
 
     def die(self, incarnation: str = "i0") -> list[Effect]:
-        return self.agent.dying(NOW, "job", incarnation, "canary", NOW)
+        return self.agent.losses.dying(NOW, "job", incarnation, "canary", NOW)
 
     def exit(self, status: int, incarnation: str = "i0") -> list[Effect]:
-        return self.agent.exited(NOW, "job", incarnation, status, NOW, "/log", ["tail"])
+        return self.agent.losses.exited(NOW, "job", incarnation, status, NOW, "/log", ["tail"])
 
 
 def to_lighthouse(effects: list[Effect], kind: type[T]) -> list[T]:
@@ -206,7 +205,7 @@ def test_a_wrapped_worker_has_completed_when_the_lighthouse_says_so() -> None:
 def test_the_replacement_says_whom_it_replaces() -> None:
     bench = Bench()
     bench.die()
-    (message,) = to_coordinator(bench.agent.worker_started(NOW, "job", "i2", 102, NOW), WorkerStarted)
+    (message,) = to_coordinator(bench.agent.places.worker_started(NOW, "job", "i2", 102, NOW), WorkerStarted)
     assert (message.member, message.replaces) == ("job/0", "i0")
 
 
@@ -224,13 +223,13 @@ def test_requests_are_forwarded_and_answers_delivered_to_whom_they_are_for() -> 
 
 def test_who_joins_is_told_of_failures_although_its_greeting_ended_with_an_earlier_agent() -> None:
     bench = Bench(wrapped=False)
-    assert bench.agent.listening("job") == []
+    assert bench.agent.node.listening("job") == []
     join = Join("job", "ranks", 0, "job/1", "i1", 1, -1, 0, 0, [])
     effects = bench.agent.from_worker(NOW, "i1", join)
     assert effects[0] == Remember("job"), "remembered before the lighthouse is asked"
     assert to_coordinator(effects, WorkerRegistered) == [WorkerRegistered("job", "job/1", "i1")]
     assert to_lighthouse(effects, Join) == [join]
-    assert bench.agent.listening("job") == ["i1"]
+    assert bench.agent.node.listening("job") == ["i1"]
 
 
 def test_a_worker_that_this_agent_did_not_start_is_refused() -> None:
@@ -250,19 +249,19 @@ def test_a_wrapper_is_registered_once() -> None:
     hello = WorkerHello("job", "job/0", "i0", 100, True)
     assert len(to_coordinator(bench.agent.from_worker(NOW, "i0", hello), WorkerRegistered)) == 1
     assert to_coordinator(bench.agent.from_worker(NOW, "i0", hello), WorkerRegistered) == []
-    assert bench.agent.listening("job") == ["i0"]
+    assert bench.agent.node.listening("job") == ["i0"]
 
 
 def test_reports_are_repeated_until_acknowledged() -> None:
     bench = Bench()
-    bench.agent.tick(NOW)
+    bench.agent.reports.due(NOW)
     for request in range(1, 10):
         bench.agent.from_lighthouse(NOW, Acknowledged(request))
     (lost,) = to_lighthouse(bench.die(), MemberLost)
-    assert bench.agent.tick(NOW + RESEND_INTERVAL / 2) == []
-    assert bench.agent.tick(NOW + RESEND_INTERVAL) == [ToLighthouse(lost)]
+    assert bench.agent.reports.due(NOW + RESEND_INTERVAL / 2) == []
+    assert bench.agent.reports.due(NOW + RESEND_INTERVAL) == [ToLighthouse(lost)]
     bench.agent.from_lighthouse(NOW, Acknowledged(lost.request))
-    assert bench.agent.tick(NOW + 60.0) == []
+    assert bench.agent.reports.due(NOW + 60.0) == []
 
 
 def test_the_store_is_started_once_per_order_and_its_death_is_repaired() -> None:
@@ -270,11 +269,11 @@ def test_the_store_is_started_once_per_order_and_its_death_is_repaired() -> None
     order = PrepareJob(3, spec(), store=True)
     assert agent.from_coordinator(NOW, order) == [Remember("job"), StartStore("job", "s0", 0)]
     assert agent.from_coordinator(NOW, order) == []
-    (ready,) = to_coordinator(agent.store_started("job", STORE, 20000), StoreReady)
+    (ready,) = to_coordinator(agent.stores.started("job", STORE, 20000), StoreReady)
     assert (ready.request, ready.master_port, ready.store) == (3, 20000, STORE)
     agent.from_coordinator(NOW, roster())
-    assert [type(one) for one in agent.store_exited("job")] == [Remember, StartStore]
-    (lost,) = to_lighthouse(agent.store_restarted(NOW, "job", NOW), StoreLost)
+    assert [type(one) for one in agent.stores.exited("job")] == [Remember, StartStore]
+    (lost,) = to_lighthouse(agent.stores.restarted(NOW, "job", NOW), StoreLost)
     assert lost.store.port == STORE.port
 
 
@@ -284,8 +283,8 @@ def test_stopping_is_answered_when_it_is_done(final: bool) -> None:
     order = StopWorkers(9, "job", 0, 5.0, final)
     assert bench.agent.from_coordinator(NOW, order) == [Remember("job"), StopJobHere("job", 0, 5.0, final)]
     assert to_lighthouse(bench.exit(-15), MemberLost) == []
-    assert to_coordinator(bench.agent.stopped(0.0, "job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
-    assert ("job" in bench.agent.jobs) is not final
+    assert to_coordinator(bench.agent.stopped(0.0, "job", final=final), WorkersStopped) == [WorkersStopped(9, "job", 0)]
+    assert ("job" in bench.agent.node.jobs) is not final
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -304,7 +303,7 @@ def test_workers_of_an_aborted_job_are_told_before_they_are_stopped(wrapped: boo
 
 def test_a_worker_that_the_assignment_dropped_is_lost_without_a_replacement() -> None:
     bench = Bench()
-    effects = bench.agent.exited(NOW, "job", "i0", 1, NOW, "/log", ["tail"], discarded=True)
+    effects = bench.agent.losses.exited(NOW, "job", "i0", 1, NOW, "/log", ["tail"], discarded=True)
     assert started(effects) == []
     (lost,) = to_lighthouse(effects, MemberLost)
     assert (lost.cause.kind, lost.replacement) == ("discarded", "")
@@ -314,9 +313,13 @@ def test_a_worker_that_the_assignment_dropped_is_lost_without_a_replacement() ->
 
 def test_a_worker_that_hangs_is_interrupted_with_everybody_and_then_ended() -> None:
     bench = Bench()
-    (fault,) = to_lighthouse(bench.agent.hangs(NOW, "job", "i0", 3, Verdict("soft", "it sleeps"), 5.0), MemberFaulted)
+    (fault,) = to_lighthouse(
+        bench.agent.losses.hangs(NOW, "job", "i0", 3, Verdict("soft", "it sleeps"), 5.0), MemberFaulted
+    )
     assert (fault.member, fault.iteration, fault.cause.kind, fault.cause.text) == ("job/0", 3, "hang", "it sleeps")
-    assert bench.agent.hangs(NOW, "job", "i0", 3, Verdict("hard", "it sleeps on"), 5.0) == [EndWorker("job", "i0", 5.0)]
+    assert bench.agent.losses.hangs(NOW, "job", "i0", 3, Verdict("hard", "it sleeps on"), 5.0) == [
+        EndWorker("job", "i0", 5.0)
+    ]
     (lost,) = to_lighthouse(bench.exit(-15), MemberLost)
     assert (lost.cause.kind, lost.cause.text) == ("hang", "it sleeps on; killed by SIGTERM")
     assert lost.replacement
@@ -324,7 +327,7 @@ def test_a_worker_that_hangs_is_interrupted_with_everybody_and_then_ended() -> N
 
 def test_a_stopped_worker_can_only_be_killed() -> None:
     bench = Bench()
-    effects = bench.agent.hangs(NOW, "job", "i1", 0, Verdict("stopped", "stopped by a signal"), 5.0)
+    effects = bench.agent.losses.hangs(NOW, "job", "i1", 0, Verdict("stopped", "stopped by a signal"), 5.0)
     assert effects == [EndWorker("job", "i1", 0.0)]
     (lost,) = to_lighthouse(bench.die("i1"), MemberLost)
     assert (lost.cause.kind, lost.cause.text) == ("hang", "stopped by a signal")
@@ -338,7 +341,7 @@ def test_nobody_is_ended_twice(ending: str) -> None:
     elif ending == "lost":
         bench.die("i0")
     incarnation = "stranger" if ending == "unknown" else "i0"
-    assert bench.agent.hangs(NOW, "job", incarnation, 0, Verdict("hard", "it sleeps"), 5.0) == []
+    assert bench.agent.losses.hangs(NOW, "job", incarnation, 0, Verdict("hard", "it sleeps"), 5.0) == []
 
 
 def test_an_order_to_stop_that_comes_again_is_carried_out_once() -> None:
@@ -348,8 +351,10 @@ def test_an_order_to_stop_that_comes_again_is_carried_out_once() -> None:
     final = bench.agent.from_coordinator(NOW, StopWorkers(11, "job", 0, 5.0, True))
     assert final == [Remember("job"), StopJobHere("job", 0, 5.0, True)], "it takes the store and the keeper, too"
     assert bench.agent.from_coordinator(NOW, StopWorkers(12, "job", 0, 5.0, True)) == [Remember("job")]
-    assert to_coordinator(bench.agent.stopped(0.0, "job"), WorkersStopped) == [WorkersStopped(12, "job", 0)]
-    assert bench.agent.stopped(0.0, "job") == []
+    assert bench.agent.stopped(0.0, "job", final=False) == [], "the store and the keeper are still there"
+    assert bench.agent.node.jobs["job"].ended
+    assert to_coordinator(bench.agent.stopped(0.0, "job", final=True), WorkersStopped) == [WorkersStopped(12, "job", 0)]
+    assert bench.agent.stopped(0.0, "job", final=True) == []
 
 
 def test_a_new_lighthouse_hears_of_every_living_worker() -> None:
@@ -373,7 +378,7 @@ def test_a_worker_that_is_stuck_is_killed_and_replaced_once() -> None:
 
 def remembered(bench: Bench) -> Job:
     """What the agent had written down, read again."""
-    return msgspec.json.decode(msgspec.json.encode(bench.agent.jobs["job"]), type=Job)
+    return msgspec.json.decode(msgspec.json.encode(bench.agent.node.jobs["job"]), type=Job)
 
 
 def known(*incarnations: str) -> dict[str, tuple[int, float]]:
@@ -389,19 +394,43 @@ def test_a_worker_started_just_before_the_end_is_reported() -> None:
     assert [(one.incarnation, one.pid, one.replaces) for one in reported][-1] == ("i2", 102, "i0")
 
 
+def test_an_agent_killed_before_its_old_workers_were_leaves_none_of_them_alive() -> None:
+    """Ordered by the roster of the next generation: one of them lives, one was never forked."""
+    bench = Bench()
+    bench.agent.from_coordinator(NOW, roster(1))
+    agent = Agent("here", lambda: "new")
+    effects = agent.adopt(NOW, remembered(bench), known("i0", "i2", "i3"))
+    assert effects == [SignalWorker("job", "job/0", "i0", signal.SIGKILL)]
+    assert list(agent.node.jobs["job"].workers) == ["i0", "i2", "i3"], "of the other nothing will ever be heard"
+    agent.losses.exited(NOW, "job", "i0", -9, NOW, "", [])
+    assert [one.generation for one in agent.node.jobs["job"].workers.values()] == [1, 1]
+
+
 def test_living_workers_are_taken_up_and_nobody_is_started() -> None:
     bench = Bench()
     agent = Agent("here", lambda: "new")
     assert agent.adopt(NOW, remembered(bench), known("i0", "i1")) == []
-    assert agent.listening("job") == ["i0", "i1"]
+    assert agent.node.listening("job") == ["i0", "i1"]
     assert started(agent.from_coordinator(NOW, roster())) == []
     assert [one.pid for one in to_coordinator(agent.welcomed(NOW), WorkerStarted)] == [100, 101]
     assert [one.incarnation for one in to_lighthouse(agent.registered(NOW), MemberStarted)] == ["i0", "i1"]
 
 
+def test_a_worker_that_is_to_end_while_it_is_being_forked_is_killed_as_soon_as_it_is_there() -> None:
+    """The order to kill it found no process."""
+    numbers = itertools.count()
+    agent = Agent("here", lambda: f"i{next(numbers)}")
+    agent.from_coordinator(NOW, roster())
+    ordered = [one for one in agent.from_coordinator(NOW, roster(1)) if isinstance(one, SignalWorker)]
+    assert [(one.incarnation, one.signum) for one in ordered] == [("i0", signal.SIGKILL), ("i1", signal.SIGKILL)]
+    assert ordered[0] in agent.places.worker_started(NOW, "job", "i0", 100, NOW)
+    kills = [one for one in agent.places.worker_started(NOW, "job", "i2", 102, NOW) if isinstance(one, SignalWorker)]
+    assert kills == [], "one of the generation that runs"
+
+
 def test_how_a_worker_ended_and_that_it_has_no_keeper_is_written_down() -> None:
     bench = Bench()
-    assert bench.agent.keeper_lost("job") == [Remember("job")]
+    assert bench.agent.losses.keeper_lost("job") == [Remember("job")]
     assert [worker.orphan for worker in remembered(bench).workers.values()] == [True, True]
     effects = bench.exit(43)
     assert effects[0] == Remember("job")
@@ -465,7 +494,7 @@ def test_the_announcement_of_a_worker_that_died_is_not_repeated() -> None:
     bench = Bench()
     bench.agent.registered(NOW)
     bench.die("i0")
-    again = to_lighthouse(bench.agent.tick(NOW + RESEND_INTERVAL), MemberStarted)
+    again = to_lighthouse(bench.agent.reports.due(NOW + RESEND_INTERVAL), MemberStarted)
     assert [one.incarnation for one in again] == ["i1"]
 
 
@@ -474,11 +503,11 @@ def test_an_exit_is_kept_by_the_keeper_until_the_coordinator_knows_it() -> None:
     (report,) = to_coordinator(bench.exit(-9), WorkerExited)
     agent = Agent("here", lambda: "new")
     agent.adopt(NOW, remembered(bench), known("i0", "i1", "i2"))
-    (again,) = to_coordinator(agent.exited(NOW, "job", "i0", -9, NOW, "/log", []), WorkerExited)
+    (again,) = to_coordinator(agent.losses.exited(NOW, "job", "i0", -9, NOW, "/log", []), WorkerExited)
     assert (again.incarnation, again.replacement) == (report.incarnation, report.replacement)
     effects = agent.from_coordinator(NOW, Acknowledged(again.request))
     assert effects == [ForgetExit("job", "job/0", "i0"), Remember("job")]
-    assert agent.jobs["job"].exited == {}
+    assert agent.node.jobs["job"].exited == {}
 
 
 def test_a_lighthouse_that_is_new_hears_of_the_last_quorum_before_all_else() -> None:
@@ -490,8 +519,8 @@ def test_a_lighthouse_that_is_new_hears_of_the_last_quorum_before_all_else() -> 
     assert [type(one) for one in messages] == [LastQuorum, MemberLost, MemberStarted, MemberStarted]
     assert (messages[0].iteration, messages[0].completed) == (3, False)
     bench.agent.from_lighthouse(NOW, Completed("job", "ranks", [Recipient("job/0", "i0", 2)]))
-    assert bench.agent.jobs["job"].quorum.completed
-    (again,) = to_lighthouse(bench.agent.tick(NOW + RESEND_INTERVAL), LastQuorum)
+    assert bench.agent.node.jobs["job"].quorum.completed
+    (again,) = to_lighthouse(bench.agent.reports.due(NOW + RESEND_INTERVAL), LastQuorum)
     assert again == messages[0]
 
 
@@ -501,23 +530,23 @@ def test_an_exit_that_an_earlier_agent_reported_is_not_forgotten_before_it_was_t
     bench.exit(-9)
     agent = Agent("here", lambda: "i9")
     job = remembered(bench)
-    agent.jobs["job"] = job
-    assert agent.exited(NOW, "job", "i0", -9, NOW, "/log", []) == []
-    assert agent.runs("job", "i0"), "the keeper has to keep it"
+    agent.node.jobs["job"] = job
+    assert agent.losses.exited(NOW, "job", "i0", -9, NOW, "/log", []) == []
+    assert agent.node.runs("job", "i0"), "the keeper has to keep it"
     agent.adopt(NOW, job, known("i0", "i1", "i2"))
-    (report,) = to_coordinator(agent.exited(NOW, "job", "i0", -9, NOW, "/log", []), WorkerExited)
+    (report,) = to_coordinator(agent.losses.exited(NOW, "job", "i0", -9, NOW, "/log", []), WorkerExited)
     assert (report.incarnation, report.charged) == ("i0", 1)
     agent.adopt(NOW, job, known("i0", "i1", "i2"))
-    assert agent.exited(NOW, "job", "i0", -9, NOW, "/log", []) == [], "it is being reported"
+    assert agent.losses.exited(NOW, "job", "i0", -9, NOW, "/log", []) == [], "it is being reported"
     assert agent.from_coordinator(NOW, Acknowledged(report.request))
-    assert not agent.runs("job", "i0")
+    assert not agent.node.runs("job", "i0")
 
 
 def test_the_order_of_a_coordinator_started_anew_finds_the_store_that_runs() -> None:
     agent = Agent("here", lambda: "s0")
     agent.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
     assert agent.from_coordinator(NOW, PrepareJob(4, spec(), store=True)) == [], "it is being started"
-    agent.store_started("job", STORE, 20000)
+    agent.stores.started("job", STORE, 20000)
     (ready,) = to_coordinator(agent.from_coordinator(NOW, PrepareJob(5, spec(), store=True)), StoreReady)
     assert (ready.request, ready.store) == (5, STORE)
 
@@ -531,7 +560,7 @@ def test_a_node_without_the_store_has_its_keeper_ready_before_the_roster() -> No
 def test_a_failed_preparation_is_told_and_tried_again_when_the_order_is_repeated() -> None:
     agent = Agent("here", lambda: "s0")
     agent.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
-    (failed,) = to_coordinator(agent.prepare_failed("job", "no such python"), PrepareFailed)
+    (failed,) = to_coordinator(agent.stores.failed("job", "no such python"), PrepareFailed)
     assert (failed.request, failed.reason) == (3, "node here: no such python")
     effects = agent.from_coordinator(NOW, PrepareJob(4, spec(), store=True))
     assert effects == [Remember("job"), StartStore("job", "s0", 0)]
@@ -543,7 +572,7 @@ def test_an_agent_killed_before_its_store_listened_starts_it_once(
 ) -> None:
     before = Agent("here", lambda: "s0")
     before.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
-    assert Agent("here", lambda: "s1").adopt(NOW, before.jobs["job"], known) == starts
+    assert Agent("here", lambda: "s1").adopt(NOW, before.node.jobs["job"], known) == starts
 
 
 # --- what the lighthouse publishes -------------------------------------------------------------------------
@@ -562,40 +591,40 @@ def snapshot(sequence: int) -> Snapshot:
 
 def test_a_failure_is_told_at_once_and_a_gap_before_it_is_asked_for() -> None:
     agent = Bench().agent
-    assert agent.heard(event(1)) == [TellWorkers("job", event(1))]
-    told, asked = agent.heard(event(3))
+    assert agent.sessions.heard(event(1)) == [TellWorkers("job", event(1))]
+    told, asked = agent.sessions.heard(event(3))
     assert (told, asked) == (TellWorkers("job", event(3)), ToLighthouse(SnapshotRequest(0, "job")))
-    assert agent.heard(snapshot(3)) == [TellWorkers("job", snapshot(3))]
-    assert agent.heard(event(4)) == [TellWorkers("job", event(4))]
+    assert agent.sessions.heard(snapshot(3)) == [TellWorkers("job", snapshot(3))]
+    assert agent.sessions.heard(event(4)) == [TellWorkers("job", event(4))]
 
 
 def test_an_agent_started_anew_asks_for_what_it_missed_even_if_it_heard_a_beat_before_it_had_its_workers() -> None:
     bench = Bench()
     agent = Agent("here", lambda: "new")
     beat = EventBeat(1, {"job": 5}, {})
-    assert agent.heard(beat) == []
+    assert agent.sessions.heard(beat) == []
     agent.adopt(NOW, remembered(bench), known("i0", "i1"))
-    assert agent.heard(beat) == [ToLighthouse(SnapshotRequest(0, "job"))]
-    agent.heard(snapshot(5))
-    assert agent.heard(beat) == []
+    assert agent.sessions.heard(beat) == [ToLighthouse(SnapshotRequest(0, "job"))]
+    agent.sessions.heard(snapshot(5))
+    assert agent.sessions.heard(beat) == []
 
 
 def test_events_of_a_lighthouse_that_was_replaced_are_nothing() -> None:
     agent = Bench().agent
-    agent.heard(EventBeat(2, {}, {}))
-    assert agent.heard(event(1, epoch=1)) == []
-    assert agent.heard(event(1, epoch=2)) == [TellWorkers("job", event(1, epoch=2))]
+    agent.sessions.heard(EventBeat(2, {}, {}))
+    assert agent.sessions.heard(event(1, epoch=1)) == []
+    assert agent.sessions.heard(event(1, epoch=2)) == [TellWorkers("job", event(1, epoch=2))]
 
 
 def test_a_store_that_is_elsewhere_now_can_come_back_here() -> None:
     agent = Agent("n0", itertools.count().__next__)  # type: ignore[arg-type]
     agent.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
-    agent.store_started("job", STORE, 20000)
+    agent.stores.started("job", STORE, 20000)
     there = msgspec.structs.replace(roster(), store=STORE, store_node="n0")
     agent.from_coordinator(NOW, there)
     away = msgspec.structs.replace(there, store=StoreAddress("10.0.0.2", 20402, "store-9"), store_node="n1")
     assert Remember("job") in agent.from_coordinator(NOW, away)
-    assert agent.store_exited("job") == [], "what is left of the old one is nobody's store"
+    assert agent.stores.exited("job") == [], "what is left of the old one is nobody's store"
     assert any(isinstance(one, StartStore) for one in agent.from_coordinator(NOW, PrepareJob(4, spec(), store=True)))
 
 
@@ -646,7 +675,7 @@ def test_what_is_asked_of_a_node_that_still_ends_the_job_is_done_afterwards() ->
     bench = Bench()
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))
     assert started(bench.agent.from_coordinator(NOW, moved(1, "here"))) == []
-    assert started(bench.agent.stopped(NOW, "job")) == ["job/0"]
+    assert started(bench.agent.stopped(NOW, "job", final=True)) == ["job/0"]
 
 
 def test_what_was_asked_of_a_node_before_the_last_order_to_end_is_forgotten() -> None:
@@ -654,80 +683,80 @@ def test_what_was_asked_of_a_node_before_the_last_order_to_end_is_forgotten() ->
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))
     bench.agent.from_coordinator(NOW, moved(1, "here"))
     bench.agent.from_coordinator(NOW, StopWorkers(10, "job", 0, 5.0, True))
-    assert started(bench.agent.stopped(NOW, "job")) == []
+    assert started(bench.agent.stopped(NOW, "job", final=True)) == []
 
 
 def test_a_node_that_drains_asks_its_workers_and_gives_none_of_them_a_successor() -> None:
     bench = Bench()
-    effects = bench.agent.drain("spot")
+    effects = bench.agent.node.drain("spot")
     assert [one for one in effects if isinstance(one, EndWorker)] == [
         EndWorker("job", "i0", PREEMPTION_GRACE),
         EndWorker("job", "i1", PREEMPTION_GRACE),
     ]
-    assert bench.agent.drain("spot") == [Introduce()], "a second time does not begin the wait anew"
+    assert bench.agent.node.drain("spot") == [Introduce()], "a second time does not begin the wait anew"
     effects = bench.exit(143)
     (lost,) = to_lighthouse(effects, MemberLost)
     assert (lost.cause.kind, lost.cause.text, lost.replacement) == ("node", "node here drains: spot", "")
-    assert bench.agent.busy
+    assert bench.agent.node.busy
     effects = bench.exit(-9, "i1")
     assert [type(one) for one in effects if isinstance(one, StopJobHere)] == [StopJobHere], "keeper and store, too"
-    assert not bench.agent.busy
+    assert not bench.agent.node.busy
 
 
 def test_a_node_that_leaves_knows_whether_it_owes_an_answer_to_an_order_to_stop() -> None:
     bench = Bench()
-    bench.agent.drain("spot")
-    assert not bench.agent.stopping
+    bench.agent.node.drain("spot")
+    assert not bench.agent.node.stopping
     bench.exit(143)
     bench.exit(143, "i1")
-    assert bench.agent.stopping, "keeper and store end"
+    assert bench.agent.node.stopping, "keeper and store end"
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 1.0, final=False))
-    (told,) = to_coordinator(bench.agent.stopped(NOW, "job"), WorkersStopped)
+    (told,) = to_coordinator(bench.agent.stopped(NOW, "job", final=True), WorkersStopped)
     assert told.request == 9, "the order came while they did"
-    assert not bench.agent.stopping
+    assert not bench.agent.node.stopping
 
 
 def test_a_node_that_drains_ends_nobody_twice_who_ends_already() -> None:
     bench = Bench()
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, True))
-    assert bench.agent.drain("spot") == [Introduce()]
+    assert bench.agent.node.drain("spot") == [Introduce()]
 
 
 def test_a_node_serves_again() -> None:
     bench = Bench()
     order = DrainNode(1, "here", "a new driver")
     bench.agent.from_coordinator(NOW, order)
-    assert bench.agent.draining == "a new driver"
+    assert bench.agent.node.draining == "a new driver"
     assert bench.agent.from_coordinator(NOW, msgspec.structs.replace(order, undo=True)) == [Introduce()]
-    assert bench.agent.draining == ""
+    assert bench.agent.node.draining == ""
 
 
 def test_the_end_of_a_node_s_part_is_not_taken_back_by_a_restart_of_all() -> None:
     bench = Bench()
-    bench.agent.drain("spot")
+    bench.agent.node.drain("spot")
     for incarnation in ("i0", "i1"):
         bench.exit(143, incarnation)
     bench.agent.from_coordinator(NOW, StopWorkers(9, "job", 0, 5.0, False))
-    assert to_coordinator(bench.agent.stopped(NOW, "job"), WorkersStopped) == [WorkersStopped(9, "job", 0)]
-    bench.agent.serve()
+    assert to_coordinator(bench.agent.stopped(NOW, "job", final=True), WorkersStopped) == [WorkersStopped(9, "job", 0)]
+    bench.agent.node.serve()
     assert started(bench.agent.from_coordinator(NOW, roster(generation=1))) == ["job/0", "job/1"]
 
 
 def test_a_node_that_drains_starts_nobody() -> None:
     agent = Agent("here", lambda: "i")
-    agent.drain("spot")
+    agent.node.drain("spot")
     for _ in range(2):
         effects = agent.from_coordinator(NOW, roster())
         assert (started(effects), to_coordinator(effects, NodeLeft)) == ([], [NodeLeft("job", "here")])
-    agent.serve()
+    agent.node.serve()
     assert started(agent.from_coordinator(NOW, moved(1, "here", again=True))) == ["job/0"]
 
 
 def test_a_node_that_drains_goes_on_doing_so_under_a_new_agent() -> None:
     bench = Bench()
     again = Agent("here", lambda: "new")
-    again.drain("spot")
-    effects = again.adopt(NOW, bench.agent.jobs["job"], {"i0": (100, NOW)})
+    again.node.drain("spot")
+    effects = again.adopt(NOW, bench.agent.node.jobs["job"], {"i0": (100, NOW)})
     assert [one.incarnation for one in effects if isinstance(one, EndWorker)] == ["i0"]
     (lost,) = to_lighthouse(effects, MemberLost)
     assert (lost.incarnation, lost.cause.kind) == ("i1", "node"), "it was to be started, and never is"
@@ -746,9 +775,9 @@ def test_a_refusal_of_a_process_does_not_reach_its_successor() -> None:
 def test_a_worker_that_was_on_its_way_when_its_node_began_to_drain_is_asked_too() -> None:
     agent = Agent("here", lambda: "i0")
     agent.from_coordinator(NOW, moved(0, "here"))
-    agent.drain("")
-    assert agent.draining == "no reason was given"
-    effects = agent.worker_started(NOW, "job", "i0", 100, NOW)
+    agent.node.drain("")
+    assert agent.node.draining == "no reason was given"
+    effects = agent.places.worker_started(NOW, "job", "i0", 100, NOW)
     assert [one.incarnation for one in effects if isinstance(one, EndWorker)] == ["i0"]
 
 
@@ -761,14 +790,14 @@ def test_a_job_of_the_same_name_is_another_job_whatever_its_generation() -> None
 
 def test_who_was_asked_to_end_is_spared_when_its_node_serves_again() -> None:
     bench = Bench()
-    bench.agent.drain("spot")
-    assert bench.agent.is_to_end("job", "i0")
-    bench.agent.serve()
-    assert not bench.agent.is_to_end("job", "i0")
+    bench.agent.node.drain("spot")
+    assert bench.agent.node.is_to_end("job", "i0")
+    bench.agent.node.serve()
+    assert not bench.agent.node.is_to_end("job", "i0")
 
 
 def test_a_plain_worker_that_ends_well_because_it_was_asked_has_not_completed() -> None:
     bench = Bench(wrapped=False)
-    bench.agent.drain("spot")
+    bench.agent.node.drain("spot")
     (exited,) = to_coordinator(bench.exit(0), WorkerExited)
     assert (exited.completed, exited.drains) == (False, "spot")

@@ -1,4 +1,7 @@
-"""What waits for a disk that takes nothing stays bounded, however often clients ask, and none of it is lost."""
+"""What waits for a disk that takes nothing stays bounded, however often clients ask, and none of it is lost.
+
+Nor is what people ask about jobs that had ended before a coordinator was started anew.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ from seamark.protocol.messages import (
     Dataset,
     Datasets,
     DatasetsRequest,
+    Decisions,
+    DecisionsRequest,
+    FailShard,
     FollowJob,
     JobSpec,
     JobStatus,
@@ -33,10 +39,12 @@ from seamark.protocol.messages import (
     ShardRequest,
     SharedState,
     SnapshotRequest,
+    StopJob,
     StopWorkers,
     StoreAddress,
     StoreReady,
     SubmitJob,
+    WorkersStopped,
     WorkerStarted,
 )
 from seamarkd.coordinator.backlog import MAX_ANSWERS, compacted
@@ -100,11 +108,16 @@ class Bench:
 
     def __init__(self, home: Path) -> None:
         self.path = home / "m.db"
-        self.manifest = Manifest(self.path)
+        self._home = home
         self._context: zmq.Context[Any] = zmq.Context()
-        address = f"ipc://{home}/c"
-        self.shell = CoordinatorShell(self._context, address, f"ipc://{home}/l", f"ipc://{home}/e", self.manifest)
-        self.node, self.person = self._peer(address), self._peer(address)
+        self.start()
+        self.node, self.person = self._peer(f"ipc://{home}/c"), self._peer(f"ipc://{home}/c")
+
+    def start(self) -> None:
+        """The coordinator, or another one after it was closed."""
+        self.manifest = Manifest(self.path)
+        sockets = (f"ipc://{self._home}/{name}" for name in "cle")
+        self.shell = CoordinatorShell(self._context, *sockets, self.manifest)
 
     def _peer(self, address: str) -> zmq.Socket[Any]:
         socket = self._context.socket(zmq.DEALER)
@@ -140,7 +153,7 @@ class Bench:
         await self.shards(OpenShards, 1, spec=Dataset("d", 8, 1))
         assert (await self.shards(LeaseShard, 2)).lease is not None
 
-    async def shards(self, kind: type[ShardRequest], request: int, **fields: Any) -> ShardAnswer:
+    async def shards(self, kind: type[ShardRequest], request: int, /, **fields: Any) -> ShardAnswer:
         asked = kind(request, "job", "job/0", "w#d/0", "d", **fields)
         return await self.ask(self.node, asked, ShardAnswer, request=request)
 
@@ -183,7 +196,7 @@ async def _refusing(home: Path) -> None:
         complete = CompleteShard(3, "job", "job/0", "w#d/0", "d", 0, lease.lease_id, "digest")
         bench.node.send_multipart(encode(complete))
         await until(lambda: bool(bench.shell._refused))
-        assert "make it and its directory writable" in bench.shell.core.trouble
+        assert "make it and its directory writable" in bench.shell.core.cluster.trouble
         answers = 0
         for number in range(REPEATS):
             for message in (Beat("n", "i", number), complete, SharedState("job", "job/0", "w", number + 1, "{}")):
@@ -195,7 +208,7 @@ async def _refusing(home: Path) -> None:
             assert len(bench.shell._waiting) <= 2 * COMPACT_FROM
         assert answers == REPEATS // 50
         held = await bench.ask(bench.node, complete, ShardAnswer, request=3)
-        assert (held.kind, held.reason) == ("wait", bench.shell.core.trouble)
+        assert (held.kind, held.reason) == ("wait", bench.shell.core.cluster.trouble)
         found = await bench.ask(bench.person, DatasetsRequest(REPEATS + 5, "job"), Datasets)
         assert [one.name for one in found.datasets] == ["d"]
         refused = await bench.ask(bench.person, SubmitJob(REPEATS + 6, _other(), "other"), Refused)
@@ -215,3 +228,28 @@ def _number(bench: Bench) -> int:
 
 def _other() -> JobSpec:
     return JobSpec("other", ["t.py"], False, "python", "/", {}, 1, 1, 1, "replace", 2, "", "/tmp")
+
+
+def test_decisions_of_an_ended_job_outlive_the_coordinator(home: Path) -> None:
+    asyncio.run(_decided(home))
+
+
+async def _decided(home: Path) -> None:
+    async with begun(home) as bench:
+        job = bench.shell.core.jobs["job"]
+        lease = job.shards._ledgers["d"].lease_of(0)  # type: ignore[union-attr]
+        assert lease is not None
+        await bench.shards(FailShard, 3, shard=0, lease_id=lease.lease_id, kind="oom")
+        before = await bench.ask(bench.person, DecisionsRequest(5, "job"), Decisions)
+        assert [one.kind for one in before.decisions] == ["oom"]
+        await bench.ask(bench.person, StopJob(6, "job", "enough"), JobStatus, request=6)
+        order = await bench.hear(bench.node, StopWorkers)
+        bench.node.send_multipart(encode(WorkersStopped(order.request, "job", order.generation)))
+        await until(lambda: job.state == "CANCELLED")
+        await bench.shell.close()
+        bench.start()
+        after = await bench.ask(bench.person, DecisionsRequest(7, "job"), Decisions, request=7)
+        assert after.decisions == before.decisions
+        none = await bench.ask(bench.person, DecisionsRequest(8, "job", shard=1), Decisions, request=8)
+        assert none.decisions == []
+        await bench.ask(bench.person, DecisionsRequest(9, "other"), Refused, request=9)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from seamark.protocol import messages
 from seamark.protocol.codec import MAX_BODY, SMALL_BODY, ProtocolError, Reason, decode, encode
 from seamark.protocol.messages import TYPES, VERSION, Beat, FailureEvent, Message
+from seamark.protocol.messages.base import by_number
 
 BEAT = encode(Beat(node="n0", incarnation="i", sequence=1))
 
@@ -50,6 +51,25 @@ def test_each_message_says_its_direction_and_its_answers_exist(kind: type[Messag
     assert "->" in kind.direction
     for answer in filter(None, kind.answer.split(" | ")):
         assert hasattr(messages, answer)
+
+
+def test_a_number_is_one_messages() -> None:
+    class Base(Message, frozen=True):
+        pass
+
+    class One(Base, frozen=True):
+        type_id = 1
+
+    class Between(Base, frozen=True):
+        pass
+
+    assert by_number(Base) == {1: One}
+
+    class Other(Between, frozen=True):
+        type_id = 1
+
+    with pytest.raises(TypeError, match="Other and One share type 1"):
+        by_number(Base)
 
 
 @given(st.lists(st.binary(max_size=64), max_size=4))

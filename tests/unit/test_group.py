@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 
+from seamark.protocol.codec import decode, encode
 from seamark.protocol.messages import (
     RANKS,
     Cause,
@@ -33,7 +34,8 @@ from seamark.protocol.messages import (
 )
 from seamarkd.effects import Effect, Publish, Send
 from seamarkd.lighthouse.events import EventLog
-from seamarkd.lighthouse.group import EVIDENCE_WINDOW, HEARTBEAT_TIMEOUT, PLACEMENT_WINDOW, Group
+from seamarkd.lighthouse.group import HEARTBEAT_TIMEOUT, PLACEMENT_WINDOW, Group
+from seamarkd.lighthouse.incidents import CONSEQUENCES_KEPT, EVIDENCE_WINDOW
 from seamarkd.lighthouse.quorum import Decision, compute_quorum
 
 T = TypeVar("T", bound=Message)
@@ -71,9 +73,9 @@ class Bench:
         ]
 
     def start(self, member: str, generation: int = 0) -> None:
-        node = self.group.members[member].slot.node
+        node = self.group.membership.members[member].slot.node
         started = MemberStarted(0, "job", generation, member, self.incarnations[member], node)
-        self.do(self.group.started(self.now, started))
+        self.group.membership.started(self.now, started)
 
     def join(self, *ranks: int, generation: int = 0, call: int = 0) -> None:
         for rank in ranks:
@@ -156,7 +158,7 @@ def bench() -> Bench:
 @pytest.fixture
 def running(bench: Bench) -> Bench:
     bench.join(0, 1, 2, 3)
-    assert bench.group.iteration == 0
+    assert bench.group.session.iteration == 0
     bench.said.clear()
     return bench
 
@@ -188,6 +190,21 @@ def test_ten_thousand_joins_are_decided_once(monkeypatch: pytest.MonkeyPatch) ->
         assert len(event.members) == WORLD
         assert decisions == iteration + 1
         bench.fault(0, OWN, iteration)
+
+
+def test_what_ten_thousand_ranks_say_of_one_fault_fits_into_the_message_that_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "WORLD", 10_000)
+    bench = Bench()
+    bench.join(*range(WORLD))
+    bench.said.clear()
+    for rank in range(WORLD):
+        bench.fault(rank, msgspec.structs.replace(COMMUNICATION, text="Connection closed by peer " * 50))
+    bench.join(*range(WORLD))
+    (event,) = bench.published(QuorumEvent)
+    assert len(event.consequences) == CONSEQUENCES_KEPT - 1, "the first was published, for nothing explained it"
+    assert decode(encode(event)) == event
 
 
 def test_a_member_list_travels_once_per_route(bench: Bench) -> None:
@@ -285,7 +302,7 @@ def test_losing_a_member_that_waits_resets_the_others_at_once(running: Bench) ->
     running.lose(2)
     assert {one.member for reset in running.sent(QuorumReset) for one in reset.recipients} == {"job/0"}
     running.join(0, 1, 2, 3)
-    assert running.group.iteration == 1
+    assert running.group.session.iteration == 1
 
 
 def test_a_replacement_that_dies_before_it_joins_is_waited_for_again(running: Bench) -> None:
@@ -359,7 +376,7 @@ def test_a_loss_before_the_last_completion_sends_everybody_in_again(running: Ben
     }
     running.join(0, 1, 2, 3)
     running.complete(0, 1, 2, 3, iteration=1)
-    assert running.group.done
+    assert running.group.session.done
 
 
 def test_a_late_completion_of_a_given_up_iteration_is_told_so(running: Bench) -> None:
@@ -437,9 +454,9 @@ def anew() -> Bench:
 def announce(bench: Bench, *ranks: int) -> None:
     for rank in ranks:
         member = f"job/{rank}"
-        node = bench.group.members[member].slot.node
+        node = bench.group.membership.members[member].slot.node
         report = MemberStarted(0, "job", 0, member, bench.incarnations[member], node)
-        bench.do(bench.group.started(bench.now, report))
+        bench.group.membership.started(bench.now, report)
 
 
 def test_a_join_before_the_announcement_is_not_refused(anew: Bench) -> None:
@@ -458,9 +475,9 @@ def test_a_completion_of_an_iteration_it_has_not_heard_of_waits(anew: Bench) -> 
     assert anew.said == []
     anew.do(anew.group.recall(anew.now, recall(6)))
     anew.complete(0, 1, 2, iteration=6)
-    assert not anew.group.done
+    assert not anew.group.session.done
     anew.complete(3, iteration=6)
-    assert anew.group.done
+    assert anew.group.session.done
 
 
 def test_a_completion_stays_a_completion(anew: Bench) -> None:
@@ -547,7 +564,7 @@ def test_a_loss_that_is_heard_after_its_replacement_is_in_a_quorum_ends_no_itera
 def test_an_announcement_that_arrives_after_the_loss_raises_nobody(running: Bench) -> None:
     first = running.incarnations["job/2"]
     running.lose(2)
-    running.do(running.group.started(running.now, MemberStarted(0, "job", 0, "job/2", first, "n0")))
+    running.group.membership.started(running.now, MemberStarted(0, "job", 0, "job/2", first, "n0"))
     running.join(0, 1, 2, 3)
     assert len(running.published(QuorumEvent)) == 1
 
@@ -647,7 +664,7 @@ def test_who_was_dropped_by_the_assignment_is_not_expected_in_the_next_quorum() 
     bench.fault(1, OWN)
     bench.join(0, 1, 2)
     assert [one.member for one in bench.sent(QuorumAnswer)[-1].members] == ["job/0", "job/1", "job/2"]
-    assert bench.group.iteration == 1
+    assert bench.group.session.iteration == 1
 
 
 def test_a_second_wrapped_call_is_a_new_iteration_and_no_restart() -> None:
@@ -661,10 +678,10 @@ def test_a_second_wrapped_call_is_a_new_iteration_and_no_restart() -> None:
     assert (answer.call, answer.iteration, answer.restarts) == (1, 1, 0)
     bench.fault(2, OWN, iteration=1)
     bench.join(0, 1, 2, 3, call=1)
-    assert (bench.group.iteration, bench.group.restarts) == (2, 1)
+    assert (bench.group.session.iteration, bench.group.session.restarts) == (2, 1)
     bench.complete(0, 1, 2, 3, iteration=2, call=1)
     assert {one.call for one in bench.sent(Completed)} == {0, 1}
-    assert bench.group.done
+    assert bench.group.session.done
 
 
 def test_who_was_replaced_in_the_second_call_is_told_that_the_first_is_over() -> None:
@@ -680,7 +697,7 @@ def test_who_was_replaced_in_the_second_call_is_told_that_the_first_is_over() ->
     bench.join(0, 2, 3, call=1)
     assert not bench.sent(QuorumAnswer), "it is on its way"
     bench.join(1, call=1)
-    assert (bench.group.iteration, bench.group.restarts) == (2, 1)
+    assert (bench.group.session.iteration, bench.group.session.restarts) == (2, 1)
 
 
 def test_who_still_waits_to_complete_when_others_are_further_is_told() -> None:
@@ -817,7 +834,7 @@ def test_who_comes_later_enters_the_running_session_and_all_begin_again(spread: 
     spread.join(0, 1)
     assert answered(spread) == [["job/0", "job/1"], members()]
     assert len(spread.published(FailureEvent)) == 1, "one restart for both"
-    assert spread.group.iteration == 2
+    assert spread.group.session.iteration == 2
 
 
 def test_who_came_waits_for_its_neighbours_no_longer_than_they_have(spread: Bench) -> None:
@@ -873,7 +890,7 @@ def test_processes_of_a_node_that_lost_its_places_to_another_are_refused(spread:
     spread.do(spread.group.set_roster(spread.now, placed(1, r2="n2", r3="n2")))
     spread.join(0, 1)
     before = MemberStarted(0, "job", 0, "job/2", "job/2#0", "n1")
-    spread.do(spread.group.started(spread.now, before))
+    spread.group.membership.started(spread.now, before)
     spread.join(2)
     (refused,) = spread.sent(Refused)
     assert (refused.code, refused.member) == ("STALE_GENERATION", "job/2")

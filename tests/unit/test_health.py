@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from seamarkd.agent.core import UNCHECKED, Agent, Introduce
+from seamarkd.agent.core import Agent
+from seamarkd.agent.effects import Introduce
 from seamarkd.agent.health import (
     LEAST_DISK,
     LEAST_SHM,
@@ -28,6 +29,7 @@ from seamarkd.agent.health import (
     probe,
     summary,
 )
+from seamarkd.agent.node import UNCHECKED
 from seamarkd.settings import HEALTH_CHECKS
 
 # --- the rules
@@ -80,17 +82,17 @@ def test_a_long_reason_fits_into_a_message() -> None:
 
 def test_a_node_introduces_itself_anew_when_its_health_changes() -> None:
     agent = Agent("here", lambda: "i")
-    assert agent.serve() == [Introduce()]
-    assert agent.unhealthy == "", "without checks there is nothing to wait for"
-    agent.begin_checks()
-    assert agent.unhealthy == UNCHECKED
-    assert agent.checked("disk: full") == [Introduce()]
-    assert agent.checked("disk: full") == []
-    assert agent.checked("") == [Introduce()]
-    assert agent.checked("") == []
-    agent.drain("a new driver")
-    agent.serve()
-    assert agent.unhealthy == UNCHECKED, "whatever was done to it meanwhile"
+    assert agent.node.serve() == [Introduce()]
+    assert agent.node.unhealthy == "", "without checks there is nothing to wait for"
+    agent.node.begin_checks()
+    assert agent.node.unhealthy == UNCHECKED
+    assert agent.node.checked("disk: full") == [Introduce()]
+    assert agent.node.checked("disk: full") == []
+    assert agent.node.checked("") == [Introduce()]
+    assert agent.node.checked("") == []
+    agent.node.drain("a new driver")
+    agent.node.serve()
+    assert agent.node.unhealthy == UNCHECKED, "whatever was done to it meanwhile"
 
 
 # --- Seamark's own checks

@@ -8,11 +8,13 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from seamark.protocol.codec import decode, encode
 from seamark.protocol.messages import (
     RANKS,
     AbortJob,
     Acknowledged,
     Beat,
+    BeatAnswer,
     Cause,
     CompletedEvent,
     DrainNode,
@@ -20,6 +22,10 @@ from seamark.protocol.messages import (
     Failure,
     FailureEvent,
     FollowJob,
+    Incident,
+    Incidents,
+    IncidentsRequest,
+    JobEnded,
     JobProgress,
     JobSpec,
     JobStatus,
@@ -49,9 +55,12 @@ from seamark.protocol.messages import (
     WorkersStopped,
     WorkerStarted,
 )
+from seamarkd.coordinator.cluster import NODE_SILENT
+from seamarkd.coordinator.core import Coordinator
 from seamarkd.coordinator.effects import Effect, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import FRUITLESS_RESTARTS, Job, record
-from seamarkd.coordinator.jobs import NODE_SILENT, Coordinator
+from seamarkd.coordinator.operators import ENDED_KEPT
+from seamarkd.coordinator.sessions import SILENT_KEPT
 from seamarkd.effects import Send
 from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
 
@@ -178,6 +187,19 @@ def test_the_path_to_running() -> None:
     assert bench.told(Roster) == [], "agents get the roster once the lighthouse has it"
     bench.start_workers()
     assert bench.job.state == "RUNNING"
+
+
+def test_a_lighthouse_that_answers_later_than_the_roster_is_repeated_has_taken_it() -> None:
+    bench = Bench()
+    effects = bench.send(StoreReady(bench.job.request, "job", "127.0.0.1", 20000, STORE))
+    (first,) = to_the_lighthouse(effects, Roster)
+    for _ in range(3):
+        bench.now += 0.6
+        (again,) = to_the_lighthouse(bench.core.tick(bench.now), Roster)
+        assert again == first
+    assert bench.told(Roster, bench.core.from_lighthouse(bench.now, Acknowledged(first.request)))
+    bench.now += 0.6
+    assert to_the_lighthouse(bench.core.tick(bench.now), Roster) == []
 
 
 def test_a_store_that_is_reported_twice_starts_no_second_generation() -> None:
@@ -356,6 +378,41 @@ def test_stopping_a_job_that_waits_ends_it_at_once() -> None:
     assert bench.job.state == "CANCELLED"
 
 
+def test_the_lighthouse_hears_of_the_end_of_a_job_once_it_is_durable() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    assert to_the_lighthouse(bench.said, JobEnded) == [], "its workers still run"
+    bench.all_stopped()
+    assert isinstance(bench.said[0], Persist)
+    assert to_the_lighthouse(bench.said, JobEnded) == [JobEnded("job", "once")]
+
+
+def test_who_asks_again_for_the_end_of_a_job_puts_it_off_no_further() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    until, asked = bench.job.stop_until, bench.job.request
+    while bench.now < until:
+        again = bench.send(StopJob(6, "job", "Ctrl-C"), b"operator")
+        assert [one.state for one in bench.told(JobStatus, again)] == ["STOPPING"]
+        assert (bench.job.stop_until, bench.job.request) == (until, asked)
+        bench.now += 3.0
+        bench.core.tick(bench.now)
+    assert bench.job.state == "CANCELLED", "its node said nothing in its time"
+
+
+def test_a_job_that_has_succeeded_is_not_cancelled_while_its_workers_end() -> None:
+    bench = Bench()
+    bench.run()
+    for rank in range(WORLD):
+        bench.exit(rank, 0, completed=True)
+    assert bench.job.state == "STOPPING"
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.all_stopped()
+    assert (bench.job.state, bench.job.result) == ("SUCCEEDED", "all 2 ranks completed")
+
+
 def test_followers_are_told_until_they_stop_asking() -> None:
     bench = Bench()
     bench.run()
@@ -376,6 +433,36 @@ def test_people_see_what_the_quorum_waits_for() -> None:
     assert bench.job.sentence == "New quorum waits for job/1"
 
 
+def test_the_incidents_of_a_large_job_are_answered_as_far_back_as_a_message_goes() -> None:
+    bench = Bench()
+    bench.run()
+    members = [Member(f"job/{rank}", f"{rank:032x}", rank, f"node-{rank // 8}", rank % 8) for rank in range(1_000)]
+    one = Incident(1, RANKS, 0, [], [], 1, 0.0, members, {}, {}, [])
+    bench.job.incidents.incidents = [replace(one, number=number) for number in range(1, 201)]
+    (answer,) = bench.told(Incidents, bench.send(IncidentsRequest(3, "job"), b"operator"))
+    assert decode(encode(answer)) == answer
+    numbers = [incident.number for incident in answer.incidents]
+    assert numbers == list(range(201 - len(numbers), 201))
+    assert len(numbers) > 10
+    bench.job.incidents.incidents = [replace(one, members=members * 60)]
+    (answer,) = bench.told(Incidents, bench.send(IncidentsRequest(3, "job"), b"operator"))
+    assert len(answer.incidents) == 1
+    bench.job.incidents.incidents = []
+    (answer,) = bench.told(Incidents, bench.send(IncidentsRequest(3, "job"), b"operator"))
+    assert answer.incidents == []
+
+
+def test_the_status_of_a_thousand_jobs_that_failed_fits_into_a_message() -> None:
+    bench = Bench()
+    bench.run()
+    bench.job.state, bench.job.log_tail = "FAILED", ["x" * 16_384]
+    bench.core.jobs |= {f"job{number}": bench.job for number in range(ENDED_KEPT)}
+    answer = bench.core.status(bench.now, 1)
+    assert decode(encode(answer)) == answer
+    (one,) = bench.told(JobStatus, bench.send(FollowJob(2, "job"), b"operator"))
+    assert one.log_tail == bench.job.log_tail
+
+
 def test_an_unknown_job_is_refused() -> None:
     bench = Bench()
     bench.send(FollowJob(1, "nope"), b"o")
@@ -388,7 +475,7 @@ def test_an_unknown_job_is_refused() -> None:
 def restarted(bench: Bench) -> Bench:
     """Another coordinator with what the first one had made durable."""
     records = [(record(job), list(job.incidents.incidents)) for job in bench.core.jobs.values()]
-    bench.core = Coordinator(bench.core.epoch + 1)
+    bench.core = Coordinator(bench.core.cluster.epoch + 1)
     bench.core.restore(bench.now, records)
     return bench
 
@@ -482,7 +569,7 @@ def test_the_same_submission_is_the_same_job_even_when_it_has_ended() -> None:
 def test_without_room_on_the_disk_new_jobs_are_refused_and_running_ones_go_on() -> None:
     bench = Bench()
     bench.run()
-    bench.core.trouble = "the disk is full"
+    bench.core.cluster.trouble = "the disk is full"
     bench.send(SubmitJob(1, spec(name="other"), "other"), b"operator")
     (refused,) = bench.told(Refused)
     assert (refused.code, "the disk is full" in refused.reason) == ("READ_ONLY", True)
@@ -508,6 +595,34 @@ def test_what_happened_while_it_was_away_is_learned_from_a_snapshot_once(heard_l
         assert (bench.job.iteration, bench.job.restarts) == (1, 1)
         assert [(one.iteration, one.next_iteration) for one in bench.job.incidents.incidents] == [(0, 1)]
         restarted(bench)
+
+
+def test_a_job_that_has_ended_is_asked_about_once() -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.all_stopped()
+    restarted(bench)
+    beat = EventBeat(7, {"job": 3}, {})
+    (asked,) = to_the_lighthouse(bench.core.from_lighthouse(0.0, beat), SnapshotRequest)
+    snapshot = Snapshot(asked.request, "job", 7, 3, [], [], False, "")
+    assert bench.core.from_lighthouse(0.0, snapshot) == []
+    assert bench.core.from_lighthouse(0.0, beat) == []
+    assert bench.job.state == "CANCELLED"
+
+
+@pytest.mark.parametrize("missed", [False, True])
+def test_what_the_lighthouse_says_of_an_earlier_job_of_the_name_is_not_the_next_ones(missed: bool) -> None:
+    bench = Bench()
+    bench.run()
+    bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")
+    bench.all_stopped()
+    bench.send(SubmitJob(1, bench.spec, "again"), b"operator")
+    assert bench.job.state == "STARTING"
+    late = lost_node("n0", 1, 1)
+    bench.core.from_lighthouse(1.0, Snapshot(1, "job", 1, 1, [late], [], True, "") if missed else late)
+    assert (bench.job.state, bench.job.completed, bench.job.incidents.count) == ("STARTING", False, 0)
+    assert "n0" in bench.core.nodes
 
 
 def test_a_job_ends_well_without_the_ranks_that_its_assignment_dropped() -> None:
@@ -851,6 +966,20 @@ def test_what_is_left_on_a_node_that_was_away_at_the_end_is_ended_when_it_is_bac
     assert "n1" in bench.job.left or places(bench)[3] == "n1"
 
 
+def test_a_node_that_has_nothing_left_of_an_ended_job_is_told_of_it_no_more() -> None:
+    bench = wide(2, policy="min-healthy")
+    lose_node(bench, "n1")
+    bench.send(StopJob(7, "job", "enough"), b"operator")
+    bench.all_stopped()
+    bench.send(NodeHello("n1", "i", "ipc:///a", 8), b"n1")
+    (order,) = bench.told(StopWorkers)
+    (durable,) = bench.send(WorkersStopped(order.request, "job", order.generation), b"n1")
+    assert isinstance(durable, Persist)
+    assert durable.record.left == []
+    bench.send(NodeHello("n1", "i", "ipc:///a", 8), b"n1")
+    assert bench.told(StopWorkers) == []
+
+
 def test_the_exit_itself_says_that_its_node_drains() -> None:
     """It may be heard before the node introduces itself to a coordinator that was started anew."""
     bench = wide(2, wrapped=False)
@@ -1051,6 +1180,20 @@ def test_a_node_that_drained_and_went_is_forgotten() -> None:
     bench.now += 30.0
     bench.core.tick(bench.now)
     assert "n1" not in bench.core.nodes
+
+
+def test_a_node_that_is_never_heard_again_is_forgotten_unless_a_job_is_on_it() -> None:
+    bench = Bench()
+    bench.run()
+    bench.hello("n1")
+    bench.now = SILENT_KEPT
+    bench.core.tick(bench.now)
+    assert list(bench.core.nodes) == ["n0", "n1"]
+    bench.now += 1.0
+    bench.core.tick(bench.now)
+    assert list(bench.core.nodes) == ["n0"]
+    (answer,) = bench.told(BeatAnswer, bench.send(Beat("n1", "i", 1)))
+    assert not answer.known, "it introduces itself, and is there again"
 
 
 def test_places_on_a_node_that_drains_and_starts_nobody_go_elsewhere() -> None:

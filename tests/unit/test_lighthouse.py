@@ -16,6 +16,7 @@ from seamark.protocol.messages import (
     Complete,
     Completed,
     JobAborted,
+    JobEnded,
     Join,
     LastQuorum,
     MemberFaulted,
@@ -25,6 +26,9 @@ from seamark.protocol.messages import (
     NodeHello,
     QuorumAnswer,
     Refused,
+    ReplicaBeat,
+    ReplicaLeave,
+    Roster,
     SnapshotRequest,
     StoreAddress,
     StoreLost,
@@ -32,7 +36,8 @@ from seamark.protocol.messages import (
     Welcome,
 )
 from seamarkd.effects import Publish, Send
-from seamarkd.lighthouse.core import Lighthouse
+from seamarkd.lighthouse.core import ENDED_KEPT, Lighthouse
+from seamarkd.lighthouse.replicas import FORGET_AFTER
 
 
 def answers(effects: list[object]) -> list[object]:
@@ -177,3 +182,75 @@ def test_a_client_has_its_own_jobs() -> None:
     assert not lighthouse.foreign("", roster(0)), "a new one"
     lighthouse.handle(0.0, b"a", roster(0))
     assert not lighthouse.foreign("", join)
+
+
+# --- jobs that have ended ----------------------------------------------------------------------------------
+
+
+def submitted(name: str, submission: str = "once") -> Roster:
+    made = roster(0)
+    return msgspec.structs.replace(made, job=name, submission=submission)
+
+
+def joined(lighthouse: Lighthouse, job: str, ranks: range) -> list[object]:
+    said: list[object] = []
+    for rank in ranks:
+        member = f"job/{rank}"
+        lighthouse.handle(0.0, b"a", MemberStarted(rank, job, 0, member, f"{member}#0", "n0"))
+        said += lighthouse.handle(0.0, b"a", Join(job, RANKS, 0, member, f"{member}#0", 1, -1, 0, 0, []))
+    return said
+
+
+def test_of_a_job_that_has_ended_nobody_waits_and_nobody_is_lost() -> None:
+    lighthouse = Lighthouse(1)
+    lighthouse.handle(0.0, b"a", NodeHello("n0", "i", "", 4))
+    lighthouse.handle(0.0, b"c", submitted("job"))
+    joined(lighthouse, "job", range(3))
+    assert lighthouse.event_beat().waiting.keys() == {"job"}
+    lighthouse.handle(0.0, b"c", JobEnded("job", "another"))
+    assert lighthouse.event_beat().waiting.keys() == {"job"}
+    lighthouse.handle(0.0, b"c", JobEnded("job", "once"))
+    assert lighthouse.event_beat().waiting == {}
+    (group,) = lighthouse.status(0.0, 1).groups
+    assert (group.members, group.failures) == ([], [])
+    assert lighthouse.groups["job"].node_lost(1.0, "n0") == []
+    assert answers(lighthouse.handle(1.0, b"a", SnapshotRequest(2, "job")))[0].request == 2, "it is still told of"
+
+
+def test_ended_jobs_are_forgotten_and_their_numbers_never_come_back() -> None:
+    lighthouse = Lighthouse(1)
+    lighthouse.handle(0.0, b"c", submitted("job"))
+    (first,) = [one.message for one in joined(lighthouse, "job", range(4)) if isinstance(one, Publish)]
+    lighthouse.handle(0.0, b"c", JobEnded("job", "once"))
+    for number in range(ENDED_KEPT):
+        lighthouse.handle(0.0, b"c", submitted(f"other{number}"))
+        lighthouse.handle(0.0, b"c", JobEnded(f"other{number}", "once"))
+    assert len(lighthouse.groups) == len(lighthouse.event_beat().latest) == ENDED_KEPT
+    assert "job" not in lighthouse.groups
+    lighthouse.handle(0.0, b"c", submitted("job", "again"))
+    (again,) = [one.message for one in joined(lighthouse, "job", range(4)) if isinstance(one, Publish)]
+    assert again.quorum_id > first.quorum_id
+    assert again.sequence > first.sequence
+
+
+def test_a_job_of_a_name_that_has_ended_is_not_forgotten_with_the_earlier_one() -> None:
+    lighthouse = Lighthouse(1)
+    lighthouse.handle(0.0, b"c", submitted("job"))
+    lighthouse.handle(0.0, b"c", JobEnded("job", "once"))
+    lighthouse.handle(0.0, b"c", submitted("job", "again"))
+    for number in range(ENDED_KEPT + 1):
+        lighthouse.handle(0.0, b"c", submitted(f"other{number}"))
+        lighthouse.handle(0.0, b"c", JobEnded(f"other{number}", "once"))
+    assert lighthouse.groups["job"].submission == "again"
+
+
+def test_the_events_of_replica_groups_are_forgotten_with_the_last_of_them() -> None:
+    lighthouse = Lighthouse(1)
+    lighthouse.handle(0.0, b"m", ReplicaBeat("job", "A", "A#0", "tcp://127.0.0.1:1", 1, 0))
+    lighthouse.handle(1.0, b"m", ReplicaLeave("job", 1, "A", "A#0", "done"))
+    assert lighthouse.event_beat().latest == {"job": 1}
+    lighthouse.tick(2.0 + FORGET_AFTER)
+    assert lighthouse.event_beat().latest == {}
+    lighthouse.handle(9_000.0, b"m", ReplicaBeat("job", "A", "A#1", "tcp://127.0.0.1:1", 1, 0))
+    lighthouse.handle(9_001.0, b"m", ReplicaLeave("job", 1, "A", "A#1", "done"))
+    assert lighthouse.event_beat().latest == {"job": 2}

@@ -18,7 +18,8 @@ from seamark.protocol.messages import (
     Refused,
     Roster,
 )
-from seamarkd.agent.core import Effect, Job, StartWorker, StopJobHere, TellWorkers, ToLighthouse
+from seamarkd.agent.effects import Effect, StartWorker, StopJobHere, TellWorkers, ToLighthouse
+from seamarkd.agent.job import Job
 from seamarkd.agent.lone import Launch, LoneAgent
 
 LAUNCH = Launch("job", 1, 4, 0, "127.0.0.1", 29500, 29502, 100.0, "first")
@@ -76,7 +77,7 @@ def test_it_is_quiet_once_all_is_acknowledged() -> None:
 
 def test_a_death_names_the_next_life_unless_this_was_the_last() -> None:
     lone = agent()
-    effects = lone.dying(1.0, "job", "first", "canary", 1.0)
+    effects = lone.losses.dying(1.0, "job", "first", "canary", 1.0)
     (loss,) = told(effects)
     assert isinstance(loss, MemberLost)
     assert [effect.incarnation for effect in effects if isinstance(effect, StartWorker)] == [loss.replacement]
@@ -89,7 +90,7 @@ def test_a_death_names_the_next_life_unless_this_was_the_last() -> None:
 
 def test_whoever_waits_is_told_when_the_monitor_is_gone() -> None:
     lone = agent()
-    (loss,) = told(lone.dying(1.0, "job", "first", "canary", 1.0))
+    (loss,) = told(lone.losses.dying(1.0, "job", "first", "canary", 1.0))
     assert isinstance(loss, MemberLost)
     (never,) = told(lone.left(1.1))
     assert isinstance(never, MemberLost)
@@ -130,9 +131,9 @@ def test_an_aborted_job_is_ended_once_and_who_asks_meanwhile_is_told_again() -> 
 
 def test_an_agent_that_comes_after_the_greeting_knows_from_the_page_who_listens() -> None:
     lone = agent(again=True)
-    assert lone.listening("job") == []
+    assert lone.node.listening("job") == []
     lone.wraps("first")
-    assert lone.listening("job") == ["first"]
+    assert lone.node.listening("job") == ["first"]
 
 
 def test_a_name_that_was_used_is_refused_with_the_lighthouse_s_sentence() -> None:
@@ -144,12 +145,12 @@ def test_a_name_that_was_used_is_refused_with_the_lighthouse_s_sentence() -> Non
 def test_an_agent_that_takes_up_what_another_wrote_down_knows_the_last_quorum_and_names_a_fresh_successor() -> None:
     before = agent()
     before.from_worker(0.0, "first", join())
-    job = msgspec.json.decode(msgspec.json.encode(before.jobs["job"]), type=Job)
+    job = msgspec.json.decode(msgspec.json.encode(before.node.jobs["job"]), type=Job)
     job.quorum = LastQuorum(0, "job", 0, 7, 3, 2, ["job/1"], False, "job/1")
     after = LoneAgent(LAUNCH, lambda: "fresh", store_ready=True, again=True)
     assert after.begin(1.0, job) == []
-    assert after.listening("job") == ["first"]
+    assert after.node.listening("job") == ["first"]
     assert job.quorum.iteration in {one.iteration for one in told(after.registered(1.0)) if isinstance(one, LastQuorum)}
-    (loss,) = told(after.dying(2.0, "job", "first", "canary", 2.0))
+    (loss,) = told(after.losses.dying(2.0, "job", "first", "canary", 2.0))
     assert isinstance(loss, MemberLost)
     assert (loss.incarnation, loss.replacement) == ("first", "fresh")

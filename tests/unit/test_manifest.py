@@ -16,6 +16,7 @@ from seamarkd.coordinator import manifest as manifests
 from seamarkd.coordinator.backlog import coalesced
 from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.effects import Forget, Persist
+from seamarkd.coordinator.incidents import KEPT
 from seamarkd.coordinator.job import JobRecord
 from seamarkd.coordinator.ledger import Row, State
 from seamarkd.coordinator.manifest import Manifest
@@ -56,6 +57,12 @@ def test_the_latest_record_and_all_incidents_come_back(tmp_path: Path) -> None:
         assert [one.number for one in manifest.incidents("job")] == [1, 2]
     with reading(tmp_path / "m.db") as books:
         assert books.job("job") == record("SUCCEEDED")
+
+
+def test_of_many_incidents_the_latest_come_back(tmp_path: Path) -> None:
+    with Manifest(tmp_path / "m.db") as manifest:
+        manifest.commit([Persist(record(), tuple(incident(number) for number in range(1, KEPT + 4)))])
+        assert [one.number for one in manifest.incidents("job")] == list(range(4, KEPT + 4))
 
 
 def test_a_new_job_of_a_name_does_not_inherit_incidents(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from seamark.protocol.messages import (
     FollowJob,
     IncidentsRequest,
     InjectFailure,
+    JobEnded,
     JobProgress,
     Join,
     LastQuorum,
@@ -87,7 +88,7 @@ _OF_SHARDS = frozenset[type[Message]](
 _OF_A_NODE = frozenset[type[Message]]({NodeHello, Beat, MemberStarted, MemberLost, LastQuorum, StoreLost})
 
 MAY_SEND: dict[Role, frozenset[type[Message]]] = {
-    "daemon": frozenset({Roster, StoreLost, SnapshotRequest}),
+    "daemon": frozenset({JobEnded, Roster, SnapshotRequest, StoreLost}),
     "node": _OF_ITS_WORKERS
     | _OF_SHARDS
     | _OF_A_NODE

@@ -34,7 +34,7 @@ from typing import Any
 
 import msgspec
 import zmq
-from msgspec import Struct, field
+from msgspec import Struct
 
 from seamark.environment import SECURITY_KEYS
 from seamark.launched import ANOTHER_PORT
@@ -42,11 +42,11 @@ from seamark.progress import ProgressPage
 from seamark.protocol.keys import Key, KeysError, client_key
 from seamark.protocol.messages import StoreAddress
 from seamarkd import logs
-from seamarkd.agent.core import Effect, EndWorker, Remember, SignalWorker, StartWorker, StopJobHere, WatchWorker
-from seamarkd.agent.hang import HangWatch, Reading
+from seamarkd.agent.effects import Effect, EndWorker, Remember, SignalWorker, StartWorker, StopJobHere, WatchWorker
 from seamarkd.agent.lone import STOP_GRACE, Launch, LoneAgent
 from seamarkd.agent.memory import Memory, Remembered
-from seamarkd.agent.watch import DeathWatch, How, is_dying
+from seamarkd.agent.watch import How, is_dying
+from seamarkd.agent.watched import Watched
 from seamarkd.agent.wires import NotThisHostError, Wires
 from seamarkd.cli.exit_codes import CONFIGURATION
 from seamarkd.exits import ABORT_EXIT_CODE
@@ -98,14 +98,11 @@ class Process(Struct):
     incarnation: str
     pid: int
     pidfd: int
-    page: ProgressPage
-    watch: DeathWatch
-    hang: HangWatch = field(default_factory=HangWatch)
+    watched: Watched
 
     def close(self) -> None:
         """Lets go of its descriptors."""
-        self.watch.close()
-        self.page.close()
+        self.watched.close()
         os.close(self.pidfd)
 
 
@@ -189,7 +186,7 @@ class Companion:
                         await asyncio.sleep(0.005)
             end = {"incarnation": process.incarnation, "status": -signal.SIGKILL, "at": time.monotonic()}
             self._core.last_life()
-            self._end_of_a_life(time.monotonic(), end | {"discarded": process.page.discarded})
+            self._end_of_a_life(time.monotonic(), end | {"discarded": process.watched.page.discarded})
         self._perform(self._core.left(time.monotonic()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL):
@@ -237,13 +234,12 @@ class Companion:
         self._ended.clear()
 
         def dying(how: How, at: float) -> None:
-            if how != "pidfd" and not page.discarded:
-                self._perform(self._core.dying(time.monotonic(), self._job, incarnation, how, at))
+            self._perform(self._core.losses.dying(time.monotonic(), self._job, incarnation, how, at))
 
-        self._process = Process(incarnation, pid, pidfd, page, DeathWatch(pid, pidfd, page, dying))
-        self._process.watch.arm()
+        self._process = Process(incarnation, pid, pidfd, Watched(pid, pidfd, page, dying))
+        self._process.watched.arm()
         self._perform(self._core.started_anew(now, incarnation))
-        self._perform(self._core.worker_started(now, self._job, incarnation, pid, word["at"]))
+        self._perform(self._core.places.worker_started(now, self._job, incarnation, pid, word["at"]))
         if page.wrapped:
             self._perform(self._core.wraps(incarnation))
         if self._core.stopping:
@@ -254,15 +250,15 @@ class Companion:
             self._process.close()
             self._process = None
         self._ended.set()
-        if self._job in self._core.jobs:
+        if self._job in self._core.node.jobs:
             incarnation, status, at = word["incarnation"], word["status"], word["at"]
             self._perform(self._core.ended(now, incarnation, status, at, discarded=word["discarded"]))
 
     def _store_again(self, now: float) -> None:
-        job = self._core.jobs[self._job]
+        job = self._core.node.jobs[self._job]
         job.store_incarnation = secrets.token_hex(8)
         job.store = StoreAddress(self._settings.launch.master_addr, self._settings.launch.store_port)
-        self._perform(self._core.store_restarted(now, self._job, now))
+        self._perform(self._core.stores.restarted(now, self._job, now))
 
     # --- effects -------------------------------------------------------------------------------------------
 
@@ -276,13 +272,13 @@ class Companion:
             if self._wires.perform(effect):
                 continue
             match effect:
-                case Remember(job) if job in self._core.jobs:
-                    self._memory.write(Remembered(self._core.jobs[job], ""))
+                case Remember(job) if job in self._core.node.jobs:
+                    self._memory.write(Remembered(self._core.node.jobs[job], ""))
                 case StartWorker(_, _, incarnation):
                     self._tell("start", incarnation=incarnation)
                 case WatchWorker():
                     if self._process is not None:
-                        self._process.watch.arm()
+                        self._process.watched.arm()
                 case SignalWorker(_, _, incarnation, signum):
                     self._signal(incarnation, signum)
                 case EndWorker(_, incarnation, grace):
@@ -321,13 +317,11 @@ class Companion:
     def _look(self) -> float:
         process = self._process
         if process is not None:
-            reading = Reading.of(process.page, stopped=process.watch.stopped)
-            verdict = process.hang.look(time.monotonic(), reading)
-            if verdict is not None:
-                log.warning("job %s: %s: %s", self._job, self._core.node, verdict.text)
-                grace = reading.timeouts.grace
-                now = time.monotonic()
-                self._perform(self._core.hangs(now, self._job, process.incarnation, reading.iteration, verdict, grace))
+            now = time.monotonic()
+            silence = process.watched.look(now)
+            if silence is not None:
+                log.warning("job %s: %s: %s", self._job, self._core.node.name, silence.verdict.text)
+                self._perform(self._core.losses.hangs(now, self._job, process.incarnation, *silence))
         self._look_for_the_lighthouse()
         self._look_for_the_others()
         return HANG_INTERVAL
@@ -339,7 +333,7 @@ class Companion:
         core = self._own_lighthouse.core
         group = core.groups.get(self._job)
         now = time.monotonic()
-        others = [node for node in core.nodes.nodes.values() if node.name != self._core.node]
+        others = [node for node in core.nodes.nodes.values() if node.name != self._core.node.name]
         if (group is not None and group.over) or all(now - one.last_beat > LEFT for one in others):
             self._tell("over")
 

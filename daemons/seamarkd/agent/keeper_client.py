@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from msgspec import Struct
+from seamarkd.agent.keeper.requests import MAX_PACKET_BYTES, Message
+from seamarkd.agent.keeper_answers import (
+    Held,
+    KeeperError,
+    Packet,
+    Process,
+    Ready,
+    close_all,
+    descriptors,
+    held_of,
+    process_of,
+)
 
-Message = dict[str, Any]
-
-KEEPER = Path(__file__).with_name("keeper.py")
-MAX_PACKET_BYTES = 1 << 20
+KEEPER = Path(__file__).with_name("keeper") / "__main__.py"
 CONNECT_PAUSE = 0.01
 LOG_TAIL_CHARACTERS = 2000
 _SPACE_FOR_TWO = socket.CMSG_SPACE(2 * array.array("i").itemsize)
@@ -31,88 +40,6 @@ _SPACE_FOR_TWO = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 # Importing torch can take a minute from a cold network file system.
 READY_TIMEOUT = 180.0
 REQUEST_TIMEOUT = 10.0
-
-
-class KeeperError(Exception):
-    """What a keeper refused or could not do, as a sentence.
-
-    Attributes:
-        code: the keeper's reason, or "timeout", "closed" or "spawn".
-    """
-
-    def __init__(self, code: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.code = code
-
-
-class Ready(Struct, frozen=True):
-    """A keeper's answer to hello.
-
-    Attributes:
-        modules: what it has imported, and the seconds each took.
-        forks: whether workers are forked; otherwise they are exec'ed, and `reason` says why.
-        culprit: the module that made forking unsafe.
-    """
-
-    job: str
-    pid: int
-    start_time: int
-    python: str
-    modules: list[tuple[str, float]]
-    forks: bool
-    culprit: str | None
-    reason: str | None
-
-
-class Process(Struct, frozen=True):
-    """One process that a keeper started.
-
-    Attributes:
-        kind: "worker" or "store".
-        start_time: field 22 of /proc/PID/stat, in clock ticks since boot.
-        forked: whether it was forked; if not, `why_exec` says why.
-        forked_at: `time.monotonic` right before the fork, in seconds.
-        fork_seconds: how long the fork held up the keeper.
-        port: the port of a store.
-        status: None while it lives, then its exit code, or minus the number of the signal that ended it.
-        core: whether it left a core dump.
-        at: `time.monotonic` when the keeper saw it end.
-        discarded: whether it had said that the job's rank assignment dropped it.
-    """
-
-    slot: str
-    incarnation: str
-    kind: str
-    pid: int
-    start_time: int
-    forked: bool
-    forked_at: float
-    fork_seconds: float
-    why_exec: str | None
-    port: int | None
-    status: int | None
-    core: bool
-    at: float | None
-    discarded: bool = False
-
-
-class Held(Struct, frozen=True):
-    """A process together with its descriptors, which the caller owns and closes; -1 once it has ended."""
-
-    process: Process
-    pidfd: int
-    page: int
-
-    def close(self) -> None:
-        """Close both descriptors."""
-        for fd in (self.pidfd, self.page):
-            if fd >= 0:
-                os.close(fd)
-
-
-class _Packet(Struct, frozen=True):
-    message: Message
-    fds: tuple[int, ...]
 
 
 class KeeperClient:
@@ -138,7 +65,7 @@ class KeeperClient:
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._next_id = 0
-        self._answers: dict[int, asyncio.Queue[_Packet]] = {}
+        self._answers: dict[int, asyncio.Queue[Packet]] = {}
         self._unsent: deque[bytes] = deque()
         self._buffer = bytearray(MAX_PACKET_BYTES)
         self._why_closed: str | None = None
@@ -270,6 +197,8 @@ class KeeperClient:
     ) -> Held:
         """Start a worker; asked again for the same slot and incarnation, the same answer.
 
+        One that it can't tell of, in time or for want of descriptors, is killed as soon as it is there.
+
         Args:
             slot: whose place it takes.
             incarnation: the id of this start.
@@ -300,7 +229,7 @@ class KeeperClient:
             "cpus": list(cpus),
             "held": held,
         }
-        return _held(await self._ask(request, timeout))
+        return await self._start(request, timeout)
 
     async def release(self, slot: str, incarnation: str, *, timeout: float = REQUEST_TIMEOUT) -> None:
         """Let a worker run that was started as held; again, it has no effect.
@@ -347,7 +276,7 @@ class KeeperClient:
             "env": dict(env),
             "log": log,
         }
-        return _held(await self._ask(request, timeout))
+        return await self._start(request, timeout)
 
     async def signal(
         self,
@@ -383,7 +312,7 @@ class KeeperClient:
                 packet = await self._answer(answers, "list", timeout)
                 if packet.message["type"] == "listed":
                     return found
-                found.append(_held(packet))
+                found.append(held_of(packet))
         except BaseException:
             for held in found:
                 held.close()
@@ -411,7 +340,8 @@ class KeeperClient:
             the process ids that not even SIGKILL ended.
 
         Raises:
-            KeeperError: no answer, or the keeper has ended (`code` "closed").
+            KeeperError: the keeper has ended (`code` "closed"), or did not answer. Where it was to end for good it was
+                killed then: what it leaves lives on without it.
         """
         timeout = grace + 15.0 if timeout is None else timeout
         request = {"type": "stop", "grace": grace, "final": final}
@@ -425,6 +355,11 @@ class KeeperClient:
         try:
             left = list((await self._ask(request, timeout)).message["left"])
             await self._until_gone(keeper, timeout)
+        except KeeperError as error:
+            if error.code == "timeout":
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(keeper, signal.SIGKILL)
+            raise
         finally:
             os.close(keeper)
         self.close()
@@ -436,6 +371,18 @@ class KeeperClient:
         self._lose("the connection to the keeper was closed here")
 
     # -- requests and answers --------------------------------------------------------------------------------
+
+    async def _start(self, request: Message, timeout: float) -> Held:
+        try:
+            return held_of(await self._ask(request, timeout))
+        except KeeperError as error:
+            if error.code in ("timeout", "system"):
+                # It may run, or will once the keeper comes to it, and nobody would ever look after it.
+                process = {"slot": request["slot"], "incarnation": request["incarnation"]}
+                with contextlib.suppress(KeeperError):
+                    order = {"type": "signal", **process, "signum": int(signal.SIGKILL), "group": True}
+                    self._end(self._begin(order)[0])
+            raise
 
     async def _hello(self, epoch: int, timeout: float) -> None:
         answer = (await self._ask({"type": "hello", "epoch": epoch}, timeout)).message
@@ -453,14 +400,14 @@ class KeeperClient:
         finally:
             self._loop.remove_reader(pidfd)
 
-    async def _ask(self, request: Message, timeout: float) -> _Packet:
+    async def _ask(self, request: Message, timeout: float) -> Packet:
         request_id, answers = self._begin(request)
         try:
             return await self._answer(answers, str(request["type"]), timeout)
         finally:
             self._end(request_id)
 
-    def _begin(self, request: Message) -> tuple[int, asyncio.Queue[_Packet]]:
+    def _begin(self, request: Message) -> tuple[int, asyncio.Queue[Packet]]:
         if self._why_closed is not None:
             raise KeeperError("closed", self._why_closed)
         self._next_id += 1
@@ -468,13 +415,13 @@ class KeeperClient:
         if len(packet) > MAX_PACKET_BYTES:
             sentence = f"a request to the keeper may have {MAX_PACKET_BYTES} bytes: shorten the environment"
             raise KeeperError("too_large", sentence)
-        answers: asyncio.Queue[_Packet] = asyncio.Queue()
+        answers: asyncio.Queue[Packet] = asyncio.Queue()
         self._answers[self._next_id] = answers
         self._unsent.append(packet)
         self._send()
         return self._next_id, answers
 
-    async def _answer(self, answers: asyncio.Queue[_Packet], request: str, timeout: float) -> _Packet:
+    async def _answer(self, answers: asyncio.Queue[Packet], request: str, timeout: float) -> Packet:
         try:
             async with asyncio.timeout(timeout):
                 packet = await answers.get()
@@ -488,7 +435,7 @@ class KeeperClient:
     def _end(self, request_id: int) -> None:
         answers = self._answers.pop(request_id)
         while not answers.empty():
-            _close_all(answers.get_nowait().fds)
+            close_all(answers.get_nowait().fds)
 
     # -- the socket ------------------------------------------------------------------------------------------
 
@@ -517,19 +464,19 @@ class KeeperClient:
             if size == 0:
                 self._lose("the keeper closed the connection")
                 return
-            self._dispatch(_Packet(json.loads(self._buffer[:size]), _descriptors(ancillary)))
+            self._dispatch(Packet(json.loads(self._buffer[:size]), descriptors(ancillary)))
 
-    def _dispatch(self, packet: _Packet) -> None:
+    def _dispatch(self, packet: Packet) -> None:
         message = packet.message
         if message["type"] == "exited":
-            self._on_exited(_process(message))
+            self._on_exited(process_of(message))
         elif message["type"] == "superseded":
             self.superseded = True
             self._lose(f"an agent of epoch {message['epoch']} has taken the keeper over")
         elif message["id"] in self._answers:
             self._answers[message["id"]].put_nowait(packet)
         else:
-            _close_all(packet.fds)
+            close_all(packet.fds)
 
     def _lose(self, why: str) -> None:
         if self._why_closed is not None:
@@ -542,7 +489,7 @@ class KeeperClient:
             self._child.poll()
         refusal = {"type": "error", "code": "closed", "error": why}
         for answers in self._answers.values():
-            answers.put_nowait(_Packet(refusal, ()))
+            answers.put_nowait(Packet(refusal, ()))
         self._on_closed(why)
 
 
@@ -574,34 +521,16 @@ def _listener_pid(sock: socket.socket) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills it; it is reaped when it is gone, which on a file system that hangs can take for ever."""
+    if process.poll() is not None:
+        return
     process.kill()
-    process.wait()
+    loop = asyncio.get_running_loop()
+    pidfd = os.pidfd_open(process.pid)
 
+    def reap() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        process.wait()
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return tuple(fds)
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
-def _process(message: Message) -> Process:
-    # A keeper that was started before this agent's version may say less.
-    return Process(**{name: message[name] for name in Process.__struct_fields__ if name in message})
-
-
-def _held(packet: _Packet) -> Held:
-    process = _process(packet.message)
-    if len(packet.fds) == 2:
-        return Held(process, *packet.fds)
-    _close_all(packet.fds)
-    if process.status is None:
-        sentence = "a process came without its file descriptors: raise the limit of open files (ulimit -n)"
-        raise KeeperError("system", sentence)
-    return Held(process, -1, -1)
+    loop.add_reader(pidfd, reap)

@@ -25,7 +25,9 @@ from seamark.protocol.messages import (
     StopWorkers,
     StoreAddress,
 )
-from seamarkd.agent.core import Agent, Effect, Job, StartWorker, TellWorkers, ToCoordinator, ToLighthouse, Worker
+from seamarkd.agent.core import Agent
+from seamarkd.agent.effects import Effect, StartWorker, TellWorkers, ToLighthouse
+from seamarkd.agent.job import Job, Worker
 
 START_TIMEOUT = 300.0
 """Seconds from the first rank that is heard of to the last; launchers of many hosts take minutes."""
@@ -116,7 +118,9 @@ class LoneAgent(Agent):
 
     def __init__(self, launch: Launch, new_incarnation: Callable[[], str], *, store_ready: bool, again: bool) -> None:
         self._first = [launch.incarnation]
-        super().__init__(launch.member, lambda: self._first.pop() if self._first else new_incarnation())
+        super().__init__(
+            launch.member, lambda: self._first.pop() if self._first else new_incarnation(), has_coordinator=False
+        )
         self._launch = launch
         self._serves_store = store_ready
         self._held: Join | None = None
@@ -127,60 +131,60 @@ class LoneAgent(Agent):
     @property
     def quiet(self) -> bool:
         """True if the lighthouse has acknowledged all that it was told."""
-        return not self._reports
+        return not self.reports
 
     @property
     def completed(self) -> bool:
         """True once the worker's wrapped call has completed on all ranks: however it ends, it is not started again."""
-        job = self.jobs.get(self._launch.job)
+        job = self.node.jobs.get(self._launch.job)
         return job is not None and job.quorum is not None and job.quorum.completed
 
     def begin(self, now: float, remembered: Job | None = None) -> list[Effect]:
         """The process is there, or will be; ``remembered``: what an earlier agent of it has written down."""
         if remembered is not None:
-            self.jobs[remembered.name] = remembered
+            self.node.jobs[remembered.name] = remembered
             self._first.clear()
             self.started_anew(now, self._launch.incarnation)
             return []
-        effects = self._roster(now, self._launch.roster())
-        job = self.jobs[self._launch.job]
+        effects = self.places.roster(now, self._launch.roster())
+        job = self.node.jobs[self._launch.job]
         # Its monitor starts it again in any case; what it does first is not this agent's to know.
         job.wrapped = True
         return [effect for effect in effects if not isinstance(effect, StartWorker | ToLighthouse)]
 
     def started_anew(self, now: float, incarnation: str) -> list[Effect]:
         """Its monitor has started it once more, under an incarnation that nobody has heard of."""
-        job = self.jobs[self._launch.job]
+        job = self.node.jobs[self._launch.job]
         if incarnation in job.workers:
             return []
         worker = job.workers[incarnation] = Worker(self._launch.member, incarnation, self._launch.generation)
-        return [self._announce(now, job, worker)]
+        return [self.places.announce(now, job, worker)]
 
     @property
     def stopping(self) -> bool:
         """The whole job is being ended."""
-        job = self.jobs.get(self._launch.job)
+        job = self.node.jobs.get(self._launch.job)
         return job is None or job.stopping is not None
 
     def wraps(self, incarnation: str) -> list[Effect]:
         """The worker is in a wrapped call; an agent that came after its greeting knows it from its page."""
-        return self._wraps(self._launch.job, incarnation)
+        return self.door.wraps(self._launch.job, incarnation)
 
     def last_life(self) -> None:
         """Its monitor will not start it again."""
-        if self._launch.job in self.jobs:
-            self.jobs[self._launch.job].allowance = 0
+        if self._launch.job in self.node.jobs:
+            self.node.jobs[self._launch.job].allowance = 0
 
     def ended(self, now: float, incarnation: str, status: int, at: float, *, discarded: bool) -> list[Effect]:
         """The process has ended; ``status`` as in ``exited``."""
-        effects = self.exited(now, self._launch.job, incarnation, status, at, "", [], discarded=discarded)
-        self.jobs[self._launch.job].exited.clear()
+        effects = self.losses.exited(now, self._launch.job, incarnation, status, at, "", [], discarded=discarded)
+        self.node.jobs[self._launch.job].exited.clear()
         return effects
 
     def left(self, now: float) -> list[Effect]:
         """The monitor is gone: whom the others expect will not come."""
         self.last_life()
-        job = self.jobs.get(self._launch.job)
+        job = self.node.jobs.get(self._launch.job)
         if job is None:
             return []
         awaited = [worker.incarnation for worker in job.workers.values() if not worker.pid and worker.replaces]
@@ -201,7 +205,7 @@ class LoneAgent(Agent):
             return [ToLighthouse(message)]
         if isinstance(message, Join) and not self._serves_store:
             self._held = message
-            return self._wraps(message.job, incarnation)
+            return self.door.wraps(message.job, incarnation)
         return super().from_worker(now, incarnation, message)
 
     def from_lighthouse(self, now: float, message: Message) -> list[Effect]:
@@ -210,26 +214,17 @@ class LoneAgent(Agent):
             self.refused = message.reason
             return []
         if isinstance(message, JobAborted):
-            job = self.jobs.get(message.job)
+            job = self.node.jobs.get(message.job)
             if job is not None and job.stopping is not None:
                 # To one that was started meanwhile, and asks.
                 return [TellWorkers(message.job, message)]
             order = StopWorkers(0, message.job, self._launch.generation, STOP_GRACE, True, message.reason or "aborted")
-            return self._stop(order)
+            return self.ends.stop(order)
         return super().from_lighthouse(now, message)
 
     def registered(self, now: float) -> list[Effect]:
         """The roster first: whoever comes first makes the job known, to the others it is nothing new."""
         again, self._told = self._told, True
         known = super().registered(now)
-        roster = replace(self._launch.roster(), request=self._next(), running=again)
-        reports = self._reports
-        self._reports = {}
-        effects = [self._report(now, ToLighthouse(roster)), *known]
-        self._reports |= reports
-        return effects
-
-    def _report(self, now: float, effect: ToLighthouse | ToCoordinator) -> ToLighthouse | ToCoordinator:
-        if isinstance(effect, ToLighthouse):
-            return super()._report(now, effect)
-        return effect
+        roster = replace(self._launch.roster(), request=self.reports.next_request(), running=again)
+        return [self.reports.send(now, ToLighthouse(roster), first=True), *known]

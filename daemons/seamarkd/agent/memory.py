@@ -14,7 +14,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct
 
-from seamarkd.agent.core import Job
+from seamarkd.agent.job import Job
 from seamarkd.paths import private
 
 log = logging.getLogger(__name__)
@@ -39,11 +39,14 @@ class Memory:
         self._directory = private(directory)
 
     def write(self, remembered: Remembered) -> None:
-        """Replaces what is remembered of this job."""
+        """Replaces what is remembered of this job; where that fails the log says so, and what is to follow follows."""
         path = self._path(remembered.job.name)
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(msgspec.json.encode(remembered))
-        os.rename(temporary, path)
+        try:
+            temporary.write_bytes(msgspec.json.encode(remembered))
+            os.rename(temporary, path)
+        except OSError as error:
+            log.error("job %s: can't write down what this node has to do for it: %s", remembered.job.name, error)
 
     def forget(self, job: str) -> None:
         """Nothing of this job is left on this node."""

@@ -15,7 +15,8 @@ import struct
 from collections.abc import Callable
 
 from seamark.progress import MEMFD_NAME, PAGE_SIZE
-from seamarkd.agent.keeper_client import Held, Process
+from seamarkd.agent.keeper.processes import stat_fields
+from seamarkd.agent.keeper_answers import Held, Process
 from seamarkd.agent.workers import runs_since
 from seamarkd.exits import UNKNOWN_STATUS
 
@@ -107,8 +108,7 @@ def _of_pidfd(_pid: int, pidfd: int) -> int | None:
 def _of_zombie(pid: int, _pidfd: int) -> int | None:
     """From field 52 of proc_pid_stat(5), for as long as nobody has reaped it: its number is no other's yet."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
+        fields = stat_fields(pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
     return int(fields[49]) if fields[0] in (b"Z", b"X") else None

@@ -13,7 +13,8 @@ import signal
 import sys
 
 from seamark.launched import ANOTHER_PORT
-from seamarkd.agent.keeper import Refused, Store, listen
+from seamarkd.agent.keeper.requests import Refused
+from seamarkd.agent.keeper.store import Store, listen
 from seamarkd.cli.exit_codes import CONFIGURATION
 
 PR_SET_PDEATHSIG = 1

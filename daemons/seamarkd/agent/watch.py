@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from seamark.progress import ProgressPage
+from seamarkd.agent.keeper.processes import stat_fields
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,7 @@ def is_dying(pid: int, pidfd: int) -> bool:
     if _readable(pidfd):
         return True
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            # Field 9 of proc_pid_stat(5), counted from field 3, the first after the command in parentheses.
-            flags = int(stat.read().rpartition(b")")[2].split()[6])
+        flags = int(stat_fields(pid)[6])  # field 9
         with open(f"/proc/{pid}/status", "rb") as status:
             masks = [line.split()[1] for line in status if line.startswith((b"SigPnd:", b"ShdPnd:"))]
     except (FileNotFoundError, ProcessLookupError):

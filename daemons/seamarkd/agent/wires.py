@@ -32,7 +32,8 @@ from seamark.protocol.messages import (
     Welcome,
 )
 from seamark.protocol.sockets import check_address, connect, make_socket
-from seamarkd.agent.core import Agent, Effect, Introduce, TellWorkers, ToCoordinator, ToLighthouse, ToWorker
+from seamarkd.agent.core import Agent
+from seamarkd.agent.effects import Effect, Introduce, TellWorkers, ToCoordinator, ToLighthouse, ToWorker
 from seamarkd.channel import Channel
 from seamarkd.logs import Sparing
 
@@ -132,7 +133,7 @@ class Wires:
             raise NotThisHostError(f"{host} is no address of this host ({error.strerror or error})") from None
         name, port = self._knocks.sockets[0].getsockname()[:2]
         knock = f"tcp://[{name}]:{port}" if ":" in name else f"tcp://{name}:{port}"
-        self._hello = NodeHello(self._core.node, self._incarnation, knock, slots)
+        self._hello = NodeHello(self._core.node.name, self._incarnation, knock, slots)
         self._introduce(self._lighthouse)
         self.repeat(self._tick)
         self.repeat(self._beat)
@@ -177,7 +178,7 @@ class Wires:
         """Sends a beat; what it returns says whether the coordinator has had that, and all that was sent before."""
         self._beats += 1
         sequence = self._beats
-        self.tell_coordinator(Beat(self._core.node, self._incarnation, sequence))
+        self.tell_coordinator(Beat(self._core.node.name, self._incarnation, sequence))
         return lambda: self._coordinator is None or self._answered >= sequence
 
     def tell_coordinator(self, message: Message) -> None:
@@ -206,7 +207,7 @@ class Wires:
             case Refused(code="NOT_ALLOWED"):
                 self._not_allowed(message)
             case Snapshot():
-                self._perform(self._core.heard(message))
+                self._perform(self._core.sessions.heard(message))
             case _:
                 self._perform(self._core.from_lighthouse(time.monotonic(), message))
 
@@ -230,14 +231,14 @@ class Wires:
 
     def _introduce(self, daemon: Channel) -> None:
         if self._hello is not None:
-            daemon.send(replace(self._hello, draining=self._core.draining, unhealthy=self._core.unhealthy))
+            daemon.send(replace(self._hello, draining=self._core.node.draining, unhealthy=self._core.node.unhealthy))
 
     def _on_event(self, topic: bytes, message: Message) -> None:
         if isinstance(message, Event | EventBeat):
-            self._perform(self._core.heard(message))
+            self._perform(self._core.sessions.heard(message))
 
     def _tell_workers(self, job: str, message: Message) -> None:
-        for incarnation in self._core.listening(job):
+        for incarnation in self._core.node.listening(job):
             if not self._workers.send(message, incarnation.encode()):
                 # It has not come back to this door yet, and asks for nothing while it trains.
                 self._untold.add(job)
@@ -246,22 +247,22 @@ class Wires:
 
     def _beat(self) -> float:
         self._beats += 1
-        self._lighthouse.send(Beat(self._core.node, self._incarnation, self._beats))
+        self._lighthouse.send(Beat(self._core.node.name, self._incarnation, self._beats))
         return self._beat_interval
 
     def _beat_coordinator(self) -> float:
-        self.tell_coordinator(Beat(self._core.node, self._incarnation, self._beats))
+        self.tell_coordinator(Beat(self._core.node.name, self._incarnation, self._beats))
         refused = self._workers.refused
         if refused.total() != self._told:
             self._told = refused.total()
-            self.tell_coordinator(NodeRefusals(self._core.node, dict(refused)))
+            self.tell_coordinator(NodeRefusals(self._core.node.name, dict(refused)))
         return COORDINATOR_BEAT_INTERVAL
 
     def _tick(self) -> float:
         untold, self._untold = self._untold, set()
         for job in untold:
             self._lighthouse.send(SnapshotRequest(0, job))
-        self._perform(self._core.tick(time.monotonic()))
+        self._perform(self._core.reports.due(time.monotonic()))
         return TICK
 
 

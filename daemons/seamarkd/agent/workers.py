@@ -10,6 +10,7 @@ from seamark import environment as names
 from seamark.protocol.messages import JobSpec, Roster, Slot
 from seamark.store.state_dict import ENVIRONMENT as SHARED_STATE
 from seamarkd.agent.binding import VISIBLE_DEVICES, cpu_sets, host_topology, single_gpu, visible
+from seamarkd.agent.keeper.processes import start_time
 
 START_TOLERANCE = 1.0
 """Seconds that may lie between the order to fork and the fork, on a busy host."""
@@ -81,9 +82,7 @@ def cpus(roster: Roster, slot: Slot) -> list[int]:
 def runs_since(pid: int, started_at: float) -> bool:
     """True if this process id is that of a process started then (monotonic seconds), and not of a later one."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            # Field 22 of proc_pid_stat(5), counted from field 3, the first after the command in parentheses.
-            ticks = int(stat.read().rpartition(b")")[2].split()[19])
+        ticks = start_time(pid)
     except (FileNotFoundError, ProcessLookupError):
         return False
     # Since the boot; the monotonic clock leaves out what the host slept.

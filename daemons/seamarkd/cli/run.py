@@ -35,7 +35,7 @@ from seamark.protocol.messages import (
     SubmitJob,
 )
 from seamark.runtime_config import RuntimeConfig
-from seamarkd.agent.keeper import PRELOAD
+from seamarkd.agent.keeper.preload import PRELOAD
 from seamarkd.cli.exit_codes import ABORTED, CONFIGURATION, FAILED, INTERRUPTED, SUCCEEDED, TERMINATED
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from seamark.protocol.messages import Dataset, Incident, ShardAnswer, ShardDecision, ShardEntry
+from seamarkd.coordinator.incidents import KEPT
 from seamarkd.coordinator.job import JobRecord
 from seamarkd.coordinator.ledger import Account, Row, State
 from seamarkd.coordinator.shards import DECISIONS_KEPT, Reply, Saved, SavedDataset
@@ -41,9 +42,11 @@ class Books:
         return [msgspec.json.decode(record, type=JobRecord) for (record,) in rows]
 
     def incidents(self, job: str) -> list[Incident]:
-        """The incidents of a job, oldest first."""
-        rows = self._connection.execute("SELECT record FROM incidents WHERE job = ? ORDER BY number", (job,))
-        return [msgspec.json.decode(record, type=Incident) for (record,) in rows.fetchall()]
+        """The latest incidents of a job, as many as a coordinator keeps in memory, oldest first."""
+        rows = self._connection.execute(
+            "SELECT record FROM incidents WHERE job = ? ORDER BY number DESC LIMIT ?", (job, KEPT)
+        ).fetchall()
+        return [msgspec.json.decode(record, type=Incident) for (record,) in reversed(rows)]
 
     def datasets(self, job: str) -> list[tuple[int, Dataset]]:
         """The data sets of a job, by number."""

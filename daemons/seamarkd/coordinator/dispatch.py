@@ -20,6 +20,7 @@ from seamark.protocol.messages import (
     Refused,
     ReportFailure,
     ShardAnswer,
+    ShardDecision,
     ShardRequest,
     WorkerExited,
     WorkerStarted,
@@ -97,12 +98,7 @@ class Dispatch:
         job = self._jobs.get(request.job)
         if job is None:
             return Refused(request.request, "UNKNOWN_JOB", f"there is no job named {request.job}", request.job)
-        wanted = [
-            one
-            for one in self.of(job).decisions
-            if request.dataset in ("", one.dataset) and request.shard in (-1, one.shard)
-        ]
-        return Decisions(request.request, request.job, now, wanted[-DECISIONS_SHOWN:])
+        return decisions_asked(now, request, job.shards.decisions if job.shards is not None else ())
 
     # --- what becomes of workers ---------------------------------------------------------------------------
 
@@ -197,6 +193,12 @@ class Dispatch:
 
 def _nodes(job: Job) -> frozenset[str]:
     return frozenset(process.node for process in job.processes.values() if process.alive)
+
+
+def decisions_asked(now: float, request: DecisionsRequest, decisions: Iterable[ShardDecision]) -> Decisions:
+    """The latest of a job's decisions that are about what was asked for."""
+    wanted = [one for one in decisions if request.dataset in ("", one.dataset) and request.shard in (-1, one.shard)]
+    return Decisions(request.request, request.job, now, wanted[-DECISIONS_SHOWN:])
 
 
 def unusable(spec: JobSpec) -> str:

@@ -14,6 +14,7 @@ from seamark.protocol.messages import (
     Slot,
     StoreAddress,
     StoreLost,
+    StoreReady,
     WorkerExited,
     WorkerStarted,
 )
@@ -250,6 +251,12 @@ def has_place(job: Job, report: WorkerStarted | WorkerExited) -> bool:
     """Whether the worker's place is on the node that reports it; one that was lost may not know better."""
     node = next((slot.node for slot in job.slots if slot.member == report.member), None)
     return node is not None and report.node in ("", node)
+
+
+def take_store(job: Job, report: StoreReady, node: str) -> None:
+    """The job has this store now, on this node."""
+    job.store, job.store_node = report.store, node
+    job.master_addr, job.master_port = report.master_addr, report.master_port
 
 
 def first_line(text: str) -> str:

@@ -1,8 +1,8 @@
 """What becomes of a job when a worker or a node is lost, comes or finishes: the three restart policies.
 
-Pure: a job's ``Standing`` and what happened in, a ``Verdict`` out; ``jobs.py`` carries it out. The words are torchrun's
-and nvidia-resiliency-ext's: a *worker group* is the workers of a node (or each rank alone, ``--worker-group rank``),
-MIN and MAX are ``--nnodes MIN:MAX``.
+Pure: a job's ``Standing`` and what happened in, a ``Verdict`` out; ``losses.py`` and ``stops.py`` carry it out. The
+words are torchrun's and nvidia-resiliency-ext's: a *worker group* is the workers of a node (or each rank alone,
+``--worker-group rank``), MIN and MAX are ``--nnodes MIN:MAX``.
 
 ================  =================  ==============================  ==========================================
 what happened     any-failed         min-healthy                     replace

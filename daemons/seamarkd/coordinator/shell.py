@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import zmq
 from msgspec.structs import replace
@@ -25,6 +25,7 @@ from seamark.protocol.messages import (
     Datasets,
     DatasetsRequest,
     Decisions,
+    DecisionsRequest,
     Incidents,
     Message,
     Refused,
@@ -37,9 +38,10 @@ from seamark.protocol.messages import (
 from seamark.protocol.sockets import bind, connect, encrypted, make_socket
 from seamarkd.channel import Channel
 from seamarkd.coordinator.backlog import Change, coalesced, compacted
+from seamarkd.coordinator.core import Coordinator
+from seamarkd.coordinator.dispatch import decisions_asked
 from seamarkd.coordinator.effects import Effect, Forget, Persist, Tell, ToLighthouse
 from seamarkd.coordinator.job import ENDED, status
-from seamarkd.coordinator.jobs import Coordinator
 from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.shards import Record
 from seamarkd.effects import Send
@@ -63,6 +65,9 @@ COMPACT_FROM = 1_000
 """So many effects may wait for a commit before it is looked for those that nobody needs any more."""
 AT_ONCE = (BeatAnswer, Decisions, Incidents, Refused)
 """Answers that promise nothing: they go past what waits for the disk."""
+
+Lookup: TypeAlias = ShardsRequest | DatasetsRequest | DecisionsRequest
+"""A question that the books on disk answer."""
 
 
 class CoordinatorShell:
@@ -118,7 +123,7 @@ class CoordinatorShell:
         # One thread for all that touches the database: it has one connection.
         self._disk = ThreadPoolExecutor(1, "seamark-manifest")
         self._reading: set[asyncio.Task[None]] = set()
-        self._lookups: dict[tuple[bytes, str], ShardsRequest | DatasetsRequest] = {}
+        self._lookups: dict[tuple[bytes, str], Lookup] = {}
         self._looking_up = False
         self._backup_due = 0.0
         self._commits = 0
@@ -171,7 +176,8 @@ class CoordinatorShell:
             )
             self._requests.send(status, route)
             return
-        if isinstance(message, ShardsRequest | DatasetsRequest):
+        in_memory = isinstance(message, DecisionsRequest) and self._has_shards(message.job)
+        if isinstance(message, Lookup) and not in_memory:
             self._look_up_later(route, message)
             return
         if self._refused and isinstance(message, ShardRequest):
@@ -186,7 +192,12 @@ class CoordinatorShell:
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
 
-    def _look_up_later(self, route: bytes, request: ShardsRequest | DatasetsRequest) -> None:
+    def _has_shards(self, name: str) -> bool:
+        """Whether a job's decisions are in memory: those of one that had ended before this start are not."""
+        job = self.core.jobs.get(name)
+        return job is None or job.shards is not None or job.state not in ENDED
+
+    def _look_up_later(self, route: bytes, request: Lookup) -> None:
         """Of each asker the latest question alone, and one at a time: commits go through the same thread."""
         asker = (route, getattr(request, "consumer", ""))
         self._lookups.pop(asker, None)
@@ -207,9 +218,11 @@ class CoordinatorShell:
         finally:
             self._looking_up = False
 
-    def _looked_up(self, request: ShardsRequest | DatasetsRequest) -> Message:
+    def _looked_up(self, request: Lookup) -> Message:
         if isinstance(request, ShardsRequest):
             return self._page(request)
+        if isinstance(request, DecisionsRequest):
+            return decisions_asked(time.monotonic(), request, self._manifest.decisions(request.job))
         if self._manifest.job(request.job) is None:
             return Refused(request.request, "UNKNOWN_JOB", f"there is no job named {request.job}", request.job)
         return Datasets(request.request, request.job, [spec for _, spec in self._manifest.datasets(request.job)])
@@ -235,7 +248,7 @@ class CoordinatorShell:
         self._perform(self.core.from_lighthouse(time.monotonic(), message))
 
     def _tick(self) -> None:
-        self.core.trouble = self._refused or self._manifest.trouble()
+        self.core.cluster.trouble = self._refused or self._manifest.trouble()
         now = time.monotonic()
         self._perform(self.core.tick(now))
         if now >= self._backup_due:
@@ -287,7 +300,7 @@ class CoordinatorShell:
                 await self._loop.run_in_executor(self._disk, self._manifest.commit, batch, records)
             except Exception as error:
                 # Whatever it was: what is not on disk is told to nobody, and is not forgotten either.
-                self._refused = self.core.trouble = self._manifest.trouble() or str(error)
+                self._refused = self.core.cluster.trouble = self._manifest.trouble() or str(error)
                 unexpected = None if isinstance(error, ManifestError) else error
                 log.error("can't write it down, trying again in %g s: %s", COMMIT_RETRY, error, exc_info=unexpected)
                 if self._closing:
@@ -300,7 +313,7 @@ class CoordinatorShell:
             self._commits += 1
             if self._refused:
                 self._refused = ""
-                self.core.trouble = self._manifest.trouble()
+                self.core.cluster.trouble = self._manifest.trouble()
             while sends:
                 self._send(sends.popleft())
             self._send_ready()

@@ -20,6 +20,7 @@ from seamark.protocol.messages import (
     EventBeat,
     InjectFailure,
     JobAborted,
+    JobEnded,
     Join,
     LastQuorum,
     LighthouseStatus,
@@ -46,6 +47,8 @@ from seamarkd.lighthouse.nodes import NodeWatch, ProbeResult
 from seamarkd.lighthouse.replicas import ReplicaGroup, ReplicaOptions
 
 EPOCH_SHIFT = 32
+ENDED_KEPT = 100
+"""Jobs that have ended and that are still told of, to whoever missed the end; the first are forgotten first."""
 OF_RANKS = (
     AbortJob,
     Complete,
@@ -85,10 +88,16 @@ class Lighthouse:
         # In its first start there is nobody who was there before.
         self._settles_at = started + (self._options.heartbeat_timeout if epoch > 1 else 0.0)
         self._events: dict[str, EventLog] = {}
+        self._ended: dict[str, None] = {}
+        """Jobs that have ended by their coordinator's word, in that order."""
+        self._quorum_floor = epoch << EPOCH_SHIFT
+        self._event_floor = 0
+        """Above what was forgotten: a name may come back, and neither of its numbers is used twice in an epoch."""
         self._handlers: dict[type[Message], Callable[[float, bytes, Any], list[Effect]]] = {
             NodeHello: self._hello,
             Beat: self._beat,
             Roster: self._roster,
+            JobEnded: self._job_ended,
             MemberStarted: self._report,
             MemberLost: self._report,
             StoreLost: self._report,
@@ -148,6 +157,7 @@ class Lighthouse:
             effects += replicas.tick(now)
             if replicas.empty:
                 del self.replicas[job]
+                self._forget_events(job)
         return effects
 
     def late(self, now: float, seconds: float) -> None:
@@ -214,18 +224,36 @@ class Lighthouse:
 
     def _roster(self, now: float, route: bytes, roster: Roster) -> list[Effect]:
         group = self.groups.get(roster.job)
-        if group is not None and group.done and not roster.submission and not roster.running:
+        if group is not None and group.session.done and not roster.submission and not roster.running:
             sentence = f"job {roster.job} has ended on this lighthouse: give another one another name (SEAMARK_JOB)"
             return [Send(route, Refused(roster.request, "NAME_TAKEN", sentence, roster.job))]
         if group is None or group.submission != roster.submission:
             # Above those of an earlier job of this name: an id never names two member lists.
-            floor = max(self.epoch << EPOCH_SHIFT, group.quorum_id if group else 0)
+            floor = max(self._quorum_floor, group.session.quorum_id if group else 0)
+            self._ended.pop(roster.job, None)
             events = self._log(roster.job)
             if group is not None:
                 events.forget()
             group = self.groups[roster.job] = Group(roster.job, RANKS, events, floor, self.nodes.last_beat)
         effects = [*group.set_roster(now, roster), Send(route, Acknowledged(roster.request))]
         return [*effects, Send(route, JobAborted(roster.job, group.aborted))] if group.aborted else effects
+
+    def _job_ended(self, now: float, route: bytes, report: JobEnded) -> list[Effect]:
+        group = self.groups.get(report.job)
+        if group is None or group.submission != report.submission:
+            return []
+        group.end()
+        self._ended[report.job] = None
+        for job in list(self._ended)[:-ENDED_KEPT]:
+            del self._ended[job]
+            self._quorum_floor = max(self._quorum_floor, self.groups.pop(job).session.quorum_id)
+            self._forget_events(job)
+        return []
+
+    def _forget_events(self, job: str) -> None:
+        """Of a job that has no group any more."""
+        if job not in self.groups and job not in self.replicas:
+            self._event_floor = max(self._event_floor, self._events.pop(job).sequence)
 
     def _report(
         self, now: float, route: bytes, report: MemberStarted | MemberLost | StoreLost | LastQuorum
@@ -246,7 +274,7 @@ class Lighthouse:
             return effects
         match report:
             case MemberStarted():
-                effects += group.started(now, report)
+                group.membership.started(now, report)
             case MemberLost():
                 effects += group.lost(now, report)
             case StoreLost():
@@ -275,7 +303,7 @@ class Lighthouse:
         if group is None or group.aborted:
             return []
         group.aborted = f"{request.member}: {request.reason}"
-        routes = [node.route for name, node in self.nodes.nodes.items() if name in group.nodes]
+        routes = [node.route for name, node in self.nodes.nodes.items() if name in group.membership.nodes]
         return [Send(to, JobAborted(request.job, group.aborted)) for to in routes]
 
     def _snapshot(self, now: float, route: bytes, request: SnapshotRequest) -> list[Effect]:
@@ -285,14 +313,14 @@ class Lighthouse:
             return [Send(route, _unknown_job(request.request, request.job))]
         snapshot = events.snapshot(
             request.request,
-            completed=group is not None and group.done,
+            completed=group is not None and group.session.done,
             reason=group.reason if group else replicas.reason if replicas else "",
             groups=[one.status(now) for one in (group, replicas) if one is not None],
         )
         return [Send(route, snapshot)]
 
     def _log(self, job: str) -> EventLog:
-        return self._events.setdefault(job, EventLog(job, self.epoch))
+        return self._events.setdefault(job, EventLog(job, self.epoch, self._event_floor))
 
     # --- replica groups ------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 
+from msgspec.structs import replace
+
 from seamark.protocol.messages import (
     CompletedEvent,
     Failure,
@@ -23,15 +25,27 @@ from seamark.protocol.messages import (
 
 RING = 4_096
 QUORUMS_KEPT = 64
+MEMBERS_TOLD = 10_000
+"""Members of all quorums of a snapshot, unless the last has more: with 64 of a large job it would fit into no frame."""
+WHOLE_TEXTS = 64
+"""So many of the last failures of a snapshot are told with their whole text."""
+TEXT_TOLD = 200
+"""Characters that are told of the others' texts."""
 
 
 class EventLog:
-    """Numbers a job's events within one epoch of the lighthouse, without gaps."""
+    """Numbers a job's events within one epoch of the lighthouse, without gaps.
 
-    def __init__(self, job: str, epoch: int) -> None:
+    Args:
+        job: its name.
+        epoch: the lighthouse's.
+        sequence: the numbers begin above it.
+    """
+
+    def __init__(self, job: str, epoch: int, sequence: int = 0) -> None:
         self.job = job
         self.epoch = epoch
-        self.sequence = 0
+        self.sequence = sequence
         self.failures: deque[FailureEvent] = deque(maxlen=RING)
         self.quorums: deque[QuorumEvent] = deque(maxlen=QUORUMS_KEPT)
         self.recoveries: deque[RecoveredEvent] = deque(maxlen=RING)
@@ -101,16 +115,36 @@ class EventLog:
         return ReplicaQuorumEvent(self.job, group, self.epoch, self.sequence, quorum_id, participants, reason)
 
     def snapshot(self, request: int, *, completed: bool, reason: str, groups: list[GroupStatus]) -> Snapshot:
-        """The job as of now."""
+        """The job as of now, in one message: every failure of the ring, and as many of the quorums as it holds."""
         return Snapshot(
             request,
             self.job,
             self.epoch,
             self.sequence,
-            list(self.failures),
-            list(self.quorums),
+            _shortened(list(self.failures)),
+            _last(list(self.quorums)),
             completed,
             reason,
             list(self.recoveries),
             groups,
         )
+
+
+def _shortened(failures: list[FailureEvent]) -> list[FailureEvent]:
+    long = [one for one in failures[:-WHOLE_TEXTS] if len(one.failure.cause.text) > TEXT_TOLD]
+    if not long:
+        return failures
+    short = {one.sequence: _with_less_text(one) for one in long}
+    return [short.get(one.sequence, one) for one in failures]
+
+
+def _with_less_text(event: FailureEvent) -> FailureEvent:
+    cause = replace(event.failure.cause, text=event.failure.cause.text[:TEXT_TOLD])
+    return replace(event, failure=replace(event.failure, cause=cause))
+
+
+def _last(quorums: list[QuorumEvent]) -> list[QuorumEvent]:
+    members, first = 0, len(quorums)
+    while first > 0 and (members := members + len(quorums[first - 1].members)) <= MEMBERS_TOLD:
+        first -= 1
+    return quorums[min(first, len(quorums) - 1) :] if quorums else []

@@ -1,0 +1,93 @@
+"""What a lighthouse that was started anew has to hear first: which quorum was the last, of every node of the job.
+
+Until then it can publish no failure, for it does not know which iteration that ends: losses are kept, and each is
+repeated by its agent until it is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from seamark.protocol.messages import Failure, MemberLost, StoreLost
+from seamarkd.lighthouse.incidents import away
+from seamarkd.lighthouse.membership import Membership
+
+
+class Recall:
+    """The nodes of a group that are to be heard.
+
+    Attributes:
+        until: when they are waited for no longer, in seconds.
+    """
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self._unheard: set[str] = set()
+        self._iterations: dict[str, int] = {}
+        """By node: the iteration that it was in last."""
+        self._deferred: dict[str, MemberLost | StoreLost] = {}
+
+    @property
+    def running(self) -> bool:
+        """Whether some node was not heard yet."""
+        return bool(self._unheard)
+
+    @property
+    def sentence(self) -> str:
+        """What it waits for, for people."""
+        return "waits to hear from " + ", ".join(sorted(self._unheard)) + " what the last quorum was"
+
+    def begin(self, nodes: Set[str], until: float) -> None:
+        """These nodes are to be heard; none, where nobody was there before."""
+        self._unheard = set(nodes)
+        self.until = until
+
+    def heard(self, node: str) -> None:
+        """This one was."""
+        self._unheard.discard(node)
+
+    def was_in(self, node: str, iteration: int) -> None:
+        """The iteration that its workers were in last."""
+        self._iterations[node] = iteration
+
+    def give_up(self) -> None:
+        """Those that were not heard are waited for no longer."""
+        self._unheard.clear()
+
+    def defer(self, report: MemberLost | StoreLost) -> None:
+        """Keeps a loss until it is known which iteration it ends."""
+        self._deferred[report.store.incarnation if isinstance(report, StoreLost) else report.incarnation] = report
+
+    def take_deferred(self) -> list[MemberLost | StoreLost]:
+        """The losses that were kept, in their order."""
+        deferred, self._deferred = self._deferred, {}
+        return list(deferred.values())
+
+    def cut_off(self, now: float, iteration: int, membership: Membership, active: Set[str]) -> list[Failure]:
+        """Who was cut off while the others went on may wait for them in a collective that they have left.
+
+        Args:
+            now: seconds.
+            iteration: the present one.
+            membership: of the group.
+            active: the members of the last quorum.
+        """
+        found: list[Failure] = []
+        for node, last in self._iterations.items():
+            here = [one for one in membership.on_node(node) if one.slot.member in membership.living]
+            if last < iteration and here and not any(one.slot.member in active for one in here):
+                found.append(away(now, here[0].slot, here[0].incarnation, last, iteration))
+        self._iterations.clear()
+        return found
+
+
+def begin_chains(losses: list[MemberLost], membership: Membership, answered: Set[str]) -> None:
+    """Who died while recalling filled the slot when that began, though its replacement was announced meanwhile."""
+    first: dict[str, str] = {}
+    for report in losses:
+        if membership.reported(report) is not None:
+            first.setdefault(report.member, report.incarnation)
+    for member, incarnation in first.items():
+        state = membership.members[member]
+        if not state.lost and member not in answered:
+            state.incarnation = incarnation
