@@ -19,7 +19,7 @@ from seamarkd.agent.health import HealthChecks
 from seamarkd.agent.logfiles import LogLimits
 from seamarkd.agent.notice import NoticeWatch
 from seamarkd.agent.shell import AgentShell
-from seamarkd.agent.wires import NotThisHostError
+from seamarkd.agent.wires import NotThisHostError, numeric
 from seamarkd.cli.exit_codes import TERMINATED
 from seamarkd.epoch import next_epoch
 from seamarkd.paths import private
@@ -117,7 +117,7 @@ def command(
             lighthouse=chosen.lighthouse.address,
             events=chosen.lighthouse.events,
             coordinator=chosen.coordinator.address,
-            host=chosen.agent.host,
+            host=numeric(chosen.agent.host),
             epoch=next_epoch(directory / "epoch"),
             linger=LINGER,
             key=key(),
