@@ -16,7 +16,7 @@ from slurm import Cluster, cluster, why_not
 from standalone import HERE, wait_for
 from suite import free_ports
 
-pytestmark = [pytest.mark.inprocess, pytest.mark.skipif(bool(why_not()), reason=f"no Slurm here: {why_not()}")]
+pytestmark = [pytest.mark.inprocess, pytest.mark.skipif(bool(why_not()), reason=f"no Slurm: {why_not()}")]
 
 FLAGS = ("--nodes=2", "--ntasks=4", "--kill-on-bad-exit=0", "--wait=0")
 """As docs/slurm.md has them."""
