@@ -269,9 +269,10 @@ class _Monitor:
             self._kill(signum)
 
     def _kill(self, signum: int) -> None:
+        """SIGKILL with all that it started; any other alone, for it may need them to save what it has."""
         if self._child is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, signum)
+                (os.killpg if signum == signal.SIGKILL else os.kill)(self._child.pid, signum)
 
     def _last_life(self) -> None:
         self._final = True
@@ -554,8 +555,7 @@ class _Monitor:
             # It is gone already, unless its companion was killed.
             shutil.rmtree(self._directory, ignore_errors=True)
         if self._store is not None:
-            self._store.process.terminate()
-            self._store.end(PARTING)
+            self._store.end(0.0)
         sys.stdout.flush()
         sys.stderr.flush()
         # Not by an exception: what the script does at its end is its child's.

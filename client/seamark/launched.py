@@ -6,15 +6,20 @@ Standard library only, for a process that is to be forked.
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from seamark import environment as names
+from seamark import slurm
 
 LIGHTHOUSE_OFFSET, EVENTS_OFFSET = 3, 4
 """Beside MASTER_PORT+2, where the TCPStore's service listens."""
+ANOTHER_PORT = (
+    "choose another MASTER_PORT, below 32768, where Linux begins to give out ports itself "
+    "(torchrun --master-port PORT; its --standalone takes any)"
+)
+_OF_A_TASK = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")
 
 
 class MonitorError(RuntimeError):
@@ -49,16 +54,19 @@ class Place(NamedTuple):
     def read(cls, environ: Mapping[str, str], *, insecure: bool = False) -> Place:
         """Reads it, as torchrun or srun set it.
 
+        Under srun MASTER_ADDR is by default the step's first host, where rank 0 is unless ``--distribution=arbitrary``
+        says otherwise, and MASTER_PORT follows from the numbers of job and step.
+
         Raises:
             MonitorError: something is missing, is no number, or contradicts something else.
         """
+        environ = _with_slurm(environ)
         rank = _number(environ, "RANK", "SLURM_PROCID")
-        world_size = _number(environ, "WORLD_SIZE", "SLURM_NTASKS")
+        world_size = _number(environ, "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
         local_rank = _number(environ, "LOCAL_RANK", "SLURM_LOCALID", default=0)
         local_world_size = _number(environ, "LOCAL_WORLD_SIZE", default=0)
         if not local_world_size:
-            # Slurm tells the number on the first host only, where hosts differ.
-            local_world_size = max(local_rank + 1, _number(environ, "SLURM_TASKS_PER_NODE", default=1))
+            local_world_size = max(local_rank + 1, _tasks_here(environ))
         generation = _number(environ, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", default=0)
         port = _number(environ, "MASTER_PORT")
         if not (0 <= rank < world_size and 0 <= local_rank < local_world_size):
@@ -110,6 +118,8 @@ class Place(NamedTuple):
     def export(self) -> None:
         """Sets torchrun's variables where another launcher has not."""
         for name, value in (
+            ("MASTER_ADDR", self.master_addr),
+            ("MASTER_PORT", self.master_port),
             ("RANK", self.rank),
             ("WORLD_SIZE", self.world_size),
             ("LOCAL_RANK", self.local_rank),
@@ -118,13 +128,28 @@ class Place(NamedTuple):
             os.environ.setdefault(name, str(value))
 
 
+def _with_slurm(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without what Slurm tells a batch script, of which it is true for no rank; with its defaults in a task of srun."""
+    if not slurm.is_task(environ):
+        return {name: value for name, value in environ.items() if name not in _OF_A_TASK}
+    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+    nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", ""))
+    found = {"MASTER_ADDR": slurm.first_host(nodes), "MASTER_PORT": str(slurm.master_port(job, step))}
+    return {name: value for name, value in found.items() if value} | dict(environ)
+
+
+def _tasks_here(environ: Mapping[str, str]) -> int:
+    try:
+        return slurm.tasks_here(environ)
+    except ValueError as error:
+        raise MonitorError(str(error)) from None
+
+
 def _number(environ: Mapping[str, str], *variables: str, default: int | None = None) -> int:
     for name in variables:
         if name in environ:
-            # Slurm writes "4(x2),3" for four tasks on each of two nodes and three on another.
-            text = re.sub(r"[(,].*", "", environ[name]) if name.startswith("SLURM_") else environ[name]
             try:
-                return int(text)
+                return int(environ[name])
             except ValueError:
                 raise MonitorError(f"{name}={environ[name]!r} must be a whole number") from None
     if default is None:

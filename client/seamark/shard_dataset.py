@@ -79,7 +79,7 @@ class ShardBatch:
             result_digest: with the last batch of a shard: of its result, 200 characters at most.
 
         Returns:
-            False if the shard is another's by now: it will be trained on again.
+            False if the lease has ended: the batch will be trained on again.
 
         Raises:
             ShardError: no ``ShardDataset`` of this name is open here.
@@ -96,7 +96,7 @@ class ShardBatch:
         """The batch could not be trained on; as ``Shard.fail``. What else was read of the shard counts no longer.
 
         Returns:
-            False if the shard is another's by now.
+            False if the lease has ended.
         """
         if self.lease is None:
             return True

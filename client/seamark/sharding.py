@@ -183,7 +183,7 @@ class Shard:
         """All batches up to and with this one are done, and what came of them is durable.
 
         Returns:
-            False if the shard is another process's by now.
+            False if its lease has ended.
         """
         self.progress = max(self.progress, batch + 1)
         return self._owner.report(self, CheckpointShard, progress=batch + 1)
@@ -195,7 +195,7 @@ class Shard:
             result_digest: of its result, 200 characters at most; ``results()`` and ``seamark manifest`` give it.
 
         Returns:
-            False if the shard is another process's by now: what this one made of it must not be used.
+            False if its lease has ended: what this process made of it must not be used.
         """
         self.open = False
         return self._owner.complete(self, result_digest)
@@ -209,7 +209,7 @@ class Shard:
             kind: the class of failure (docs/retries.md), where it is known better than ``error`` tells.
 
         Returns:
-            False if the shard is another process's by now.
+            False if its lease has ended.
         """
         self.open = False
         batch = self.current if batch is None else batch
@@ -309,13 +309,14 @@ class Shards:
         return self._taken(shard, answer)
 
     def report(self, shard: Shard, message: type[Message], /, **fields: Any) -> bool:
-        """Says something of a shard; False if it is another process's by now."""
+        """Says something of a shard; False if its lease has ended."""
         return self._taken(shard, self._line.ask(message, shard=shard.number, lease_id=shard.lease_id, **fields))
 
     @staticmethod
     def _taken(shard: Shard, answer: ShardAnswer) -> bool:
         if answer.kind == "stale":
-            log.warning("%r is another process's by now: %s", shard, answer.reason)
+            # Its holder may have been this very process, in which the load of another batch of it has failed.
+            log.warning("%r: what was said of it came too late, and does not count: %s", shard, answer.reason)
         elif answer.reason:
             log.warning("%r: %s", shard, answer.reason)
         return answer.kind != "stale"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from seamark.protocol.codec import ProtocolError, Reason, decode, encode
 from seamark.protocol.messages import Message, Refused
 from seamark.protocol.sockets import receive, receive_signed
 from seamarkd.logs import Sparing
+from seamarkd.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ class Channel:
         signed: bool = False,
     ) -> None:
         self.socket = socket
-        self.dropped: Counter[str] = Counter()
+        self.dropped = Tally()
         """What was not taken or not sent, by reason."""
-        self.refused: Counter[str] = Counter()
+        self.refused = Tally()
         """Messages that their senders may not send, by reason."""
         self._handler = handler
         self._authority = authority

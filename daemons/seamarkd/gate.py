@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +22,7 @@ from seamark.protocol.messages import Message
 from seamark.protocol.sockets import receive
 from seamarkd.logs import Sparing
 from seamarkd.settings import Settings
+from seamarkd.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Gate:
 
     def __init__(self, context: zmq.Context[Any], key: Key, directory: Path) -> None:
         self.key = key
-        self.refused: Counter[str] = Counter()
+        self.refused = Tally()
         """Connections, by reason."""
         self._allowed = AllowList(directory)
         self._on_revoked: list[Callable[[], None]] = []

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from seamarkd.errors import StateError
+
+MAX_JOB_NAME = 180
+"""Bytes: a directory has its name (NAME_MAX is 255), and with a rank's number behind it 200 characters on the wire."""
+
 
 def run_directory() -> Path:
     """Sockets: ``$XDG_RUNTIME_DIR/seamark``, else ``/run/seamark`` for root, else one per user below ``/tmp``."""
@@ -38,5 +43,12 @@ def private(path: Path) -> Path:
 
 
 def job_directory(job: str) -> Path:
-    """Where a standalone job keeps its manifest and logs."""
+    """Where a standalone job keeps its manifest and logs.
+
+    Raises:
+        StateError: no job can have this name.
+    """
+    size = len(os.fsencode(job))
+    if size > MAX_JOB_NAME:
+        raise StateError(f"the name of a job has {MAX_JOB_NAME} bytes at most, this one {size}: {job[:40]}...")
     return state_directory() / "standalone" / job

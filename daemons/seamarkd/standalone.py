@@ -1,7 +1,8 @@
 """All three daemons in one process: what ``seamark run --standalone`` embeds.
 
 The same shells, cores and sockets as under supervisord, on one event loop in a thread of its own, on ``ipc://``
-addresses in a private directory. Nothing of it outlives the process but the manifest and the logs.
+addresses in a private directory. Nothing of it outlives the process but the manifest and the logs. Where the process
+is killed its keepers end the workers at once; the next one with that name waits for them, and puts the books in order.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import zmq
+from msgspec.structs import replace
 
 from seamark.protocol.sockets import IPC_PATH_LIMIT
 from seamarkd.agent.shell import AgentShell
+from seamarkd.coordinator.effects import Persist
+from seamarkd.coordinator.job import ENDED, JobRecord
 from seamarkd.coordinator.manifest import Manifest
 from seamarkd.coordinator.shell import CoordinatorShell
 from seamarkd.errors import StateError
@@ -33,6 +38,12 @@ ADDRESS_FILE = "coordinator.address"
 """Beside the manifest while the suite lives: where its coordinator answers."""
 LONGEST = "12345678/keeper-123456"
 """The longest path of a socket, below the directory of all run directories."""
+KEEPERS = "keeper-*"
+KEEPERS_END = 30.0
+"""Seconds until the keepers of a command that was killed have ended their workers: they take 15 at most."""
+LOOK_INTERVAL = 0.1
+KILLED = "the seamark run that had it was killed"
+"""What became of a standalone job whose command could not say how it ended."""
 
 
 class Standalone:
@@ -44,7 +55,7 @@ class Standalone:
 
     Raises:
         ManifestError: another suite uses this directory.
-        StateError: the run directory's name is too long.
+        StateError: the run directory's name is too long, or what a killed command has left does not end.
     """
 
     def __init__(self, state: Path, slots: int) -> None:
@@ -92,10 +103,11 @@ class Standalone:
     async def _serve(self) -> None:
         self._stopping = asyncio.Event()
         context: zmq.Context[Any] = zmq.Context()
-        lighthouse_address = f"ipc://{self._run}/lighthouse"
+        lighthouse_address = lighthouse_beside(self.coordinator)
         events_address = f"ipc://{self._run}/events"
         try:
             manifest = Manifest(self._state / "manifest.db")
+            await self._after_a_kill(manifest)
             lighthouse = LighthouseShell(context, lighthouse_address, events_address, EPOCH)
             coordinator = CoordinatorShell(context, self.coordinator, lighthouse_address, events_address, manifest)
             agent = AgentShell(
@@ -121,3 +133,70 @@ class Standalone:
             address.unlink()
         finally:
             context.destroy(linger=0)
+
+    async def _after_a_kill(self, manifest: Manifest) -> None:
+        """Whoever holds the manifest is alone: what an earlier command has left is over, as soon as its workers are."""
+        address = self._state / ADDRESS_FILE
+        left = run_directory_of(address)
+        if left is not None:
+            await self._until_ended(left)
+            if left.parent == self._run.parent:
+                shutil.rmtree(left, ignore_errors=True)
+        address.unlink(missing_ok=True)
+        now = time.monotonic()
+        manifest.commit([Persist(over(record, now), ()) for record in manifest.jobs() if record.state not in ENDED])
+
+    async def _until_ended(self, left: Path) -> None:
+        deadline = time.monotonic() + KEEPERS_END
+        while living := [path for path in left.glob(KEEPERS) if listens(path)]:
+            if time.monotonic() > deadline:
+                raise StateError(
+                    f"the seamark run that had the name {self._state.name} was killed, and its workers still end "
+                    f"({living[0]}): try again in a minute, or give this one another name with --name"
+                )
+            await asyncio.sleep(LOOK_INTERVAL)
+
+
+def run_directory_of(address: Path) -> Path | None:
+    """The directory of sockets that a file beside a manifest names; None if there is no such file, or half of one."""
+    try:
+        scheme, _, path = address.read_text().partition("://")
+    except FileNotFoundError:
+        return None
+    return Path(path).parent if scheme == "ipc" and path.endswith("/coordinator") else None
+
+
+def serving(state: Path) -> str:
+    """The address of the coordinator of a standalone job; empty if nobody serves it (any more).
+
+    Args:
+        state: the directory of its manifest.
+    """
+    directory = run_directory_of(state / ADDRESS_FILE)
+    alive = directory is not None and listens(directory / "coordinator", socket.SOCK_STREAM)
+    return f"ipc://{directory}/coordinator" if alive else ""
+
+
+def lighthouse_beside(coordinator: str) -> str:
+    """The address of the lighthouse of the standalone suite whose coordinator has this one."""
+    return f"{coordinator.removesuffix('coordinator')}lighthouse"
+
+
+def listens(path: Path, kind: socket.SocketKind = socket.SOCK_SEQPACKET) -> bool:
+    """Whether a process listens on this socket: a keeper, or (SOCK_STREAM) a daemon."""
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def over(record: JobRecord, now: float) -> JobRecord:
+    """What is true of a standalone job that nobody serves.
+
+    Args:
+        record: of the job, as its coordinator wrote it down last.
+        now: seconds of the monotonic clock.
+    """
+    return record if record.state in ENDED else replace(record, state="FAILED", result=KILLED, ended_at=now)

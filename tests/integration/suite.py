@@ -97,6 +97,11 @@ class Suite:
     def up(self) -> None:
         self.command("up", "--agents", str(self.agents))
 
+    def end(self) -> None:
+        """Stops the daemons in whatever state they are: also of a coordinator that can't be asked to end its jobs."""
+        self.command("down", code=None)
+        self.command("down", "--keep-jobs", code=None)
+
     def run(self, home: Path, *options: str, **more: Any) -> Run:
         return Run(home, *options, env=self.env, prefix=self.prefix, **more)
 
@@ -210,7 +215,7 @@ def suite(home: Path, *, env: dict[str, str] | None = None, **more: Any) -> Iter
         made.up()
         yield made
     finally:
-        made.command("down", code=None)
+        made.end()
     wait_for("processes of the suite to end", lambda: not descendants_of(str(home)), 20.0)
 
 

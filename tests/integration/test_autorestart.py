@@ -139,7 +139,7 @@ class Launched:
         clock.mkdir()
         (clock / "sitecustomize.py").write_text(AHEAD)
         if runs_under:
-            self._start([*runs_under, str(self.script)], env)
+            self._start([*(word.format(port=port) for word in runs_under), str(self.script)], env)
             return
         for rank in range(ranks):
             place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
@@ -266,7 +266,17 @@ def test_the_end_of_a_child(tmp_path: Path, text: str, code: int, lives: int) ->
 
 
 def test_signals_are_forwarded_and_after_sigterm_nothing_is_started_again(tmp_path: Path) -> None:
-    text = "signal.signal(signal.SIGUSR1, lambda *_: (HERE / 'usr1').touch())\n(HERE / 'up').touch()\ntime.sleep(60)"
+    text = (
+        "import subprocess\n"
+        "helper = subprocess.Popen(['sleep', '60'])\n"
+        "def end(*_):\n"
+        "    (HERE / 'helper').write_text('ended' if helper.poll() else 'lives')\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: (HERE / 'usr1').touch())\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "(HERE / 'up').touch()\n"
+        "time.sleep(60)\n"
+    )
     with launched(tmp_path, text) as job:
         wait_for("the child", lambda: (tmp_path / "up").exists())
         job.monitors[0].send_signal(signal.SIGUSR1)
@@ -274,6 +284,7 @@ def test_signals_are_forwarded_and_after_sigterm_nothing_is_started_again(tmp_pa
         job.monitors[0].terminate()
         assert job.finish() == [143]
         assert len(job.pids(0)) == 1
+        assert (tmp_path / "helper").read_text() == "lives", "it is asked alone, and killed with all that it started"
 
 
 def test_a_monitors_death_ends_all_that_it_started(tmp_path: Path) -> None:
@@ -395,7 +406,7 @@ def test_the_others_go_on_without_a_rank_that_is_not_started_again_and_rank_0_le
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0")
     text = TRAIN + (
         "@seamark.Wrapper()\n"
         "def train(call: seamark.CallWrapper):\n"
@@ -407,7 +418,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
         "    dist.barrier()\n"
         "train()\n"
     )
-    with launched(tmp_path, text, runs_under=torchrun) as job:
+    with launched(tmp_path, text, runs_under=(*torchrun, "--master-port", "{port}")) as job:
         assert job.finish() == [0], job.text()
         for rank in range(2):
             assert [one["iteration"] for one in job.said(rank)] == [0, 1]

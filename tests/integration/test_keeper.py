@@ -1151,9 +1151,12 @@ def test_a_killed_store_comes_back_on_its_port_and_clients_wait_in_line(torch_ke
             await session.printed("worker")
             assert await session.client.stop(DEADLINE, final=False) == []
             assert running(second.process.pid)
+            # Slurm sends it to every process of a job: the ranks save then, and need their store.
             await session.client.signal("store", "second", signal.SIGTERM)
-            while (await session.next_exit()).slot != "store":
+            await session.client.signal("store", "second", signal.SIGKILL)
+            while (exited := await session.next_exit()).slot != "store":
                 pass
+            assert exited.status == -signal.SIGKILL
 
     play(scenario())
 

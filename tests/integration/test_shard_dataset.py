@@ -48,6 +48,8 @@ def test_a_rank_is_killed_with_a_batch_that_it_has_not_acknowledged(tmp_path: Pa
         assert [report["pid"] == held["pid"] for report in after] == [False], "it was read anew, and trained on once"
         assert {report["passes"] for report in said(run, "end")} == {1}
         assert [report["left"] for report in said(run, "end")] == [0, 0], "another pass has nothing"
+        (incident,) = run.incidents()
+        assert (incident["closed"], list(incident["started"])) == (True, ["job/1"]), "its own, with what it cost"
 
 
 def test_a_worker_of_the_dataloader_is_killed(tmp_path: Path) -> None:

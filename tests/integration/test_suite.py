@@ -285,3 +285,13 @@ def test_a_state_file_that_is_no_database_is_named_and_nothing_is_left_running(t
     said = bad.command("up", code=78)
     assert "coordinator.db is not a usable database" in said
     assert not (tmp_path / "b" / "run" / "seamark" / "supervisor.sock").exists()
+
+
+def test_an_agents_host_may_be_a_name(tmp_path: Path) -> None:
+    """The job's store is told to all by address: the agent looks its own name up."""
+    script = tmp_path / "script.py"
+    script.write_text("import seamark\n\nseamark.Wrapper()(lambda: None)()\n")
+    with suite(tmp_path / "s", agents=1, env={"SEAMARK_AGENT_HOST": "localhost"}) as made:
+        run = made.run(tmp_path / "r", "--nproc-per-node", "1", script=script)
+        assert run.finish() == 0, run.text()
+        run.close()

@@ -258,7 +258,9 @@ def test_a_worker_that_sends_an_operator_s_commands_is_refused_and_counted(clust
     agent = f"agent-{0 if where == 'host' else 1}"
     logged_once(cluster, agent, "a message of peer .*: a worker may not send")
     said = " ".join(cluster.command("status", code=None).split())
-    assert f"the agent of node {where} refused: 3 messages that are not their sender's to send" in said
+    assert re.search(
+        f"the agent of node {where} refused, the last .* ago: 3 messages that are not their sender's", said
+    )
     jobs = {job["job"]: job["state"] for job in cluster.status()["coordinator"]["jobs"]}
     assert jobs["worker"] == "SUCCEEDED"
     assert "evil" not in jobs
@@ -289,17 +291,38 @@ def test_daemons_whose_keys_are_missing_are_not_started_and_it_is_said_what_to_d
     assert "nothing is running" in made.command("down")
 
 
-def test_without_an_operator_s_key_the_daemons_are_stopped_and_the_jobs_left(tmp_path: Path) -> None:
+def test_daemons_are_not_stopped_under_jobs_that_nobody_may_end(tmp_path: Path) -> None:
     made = Suite(tmp_path / "s", agents=1, keys=True)
     try:
         made.up()
-        (made.keys / "operator.key").rename(tmp_path / "operator.key")
-        said = made.command("down")
-        assert "there is no key of role operator" in said
-        assert "its jobs are left as they are" in said
-        assert "stopped: supervisord" in said
+        pids = {program.pid for program in made.programs().values()}
+        operator = made.keys / "operator.key"
+        operator.rename(tmp_path / "operator.key")
+        assert "there is no key of role operator" in made.command("down", code=78)
+        public, secret = new_pair()
+        write(made.keys, Key("operator", "operator", public, secret, new_pair()[0]))
+        assert "--keep-jobs stops the daemons without ending them" in made.command("down", code=2)
+        assert "has keys, and this configuration names none" in made.command("down", code=78, SEAMARK_SECURITY_KEYS="")
+        assert {program.pid for program in made.programs().values()} == pids
+        assert "stopped: supervisord" in made.command("down", "--keep-jobs")
     finally:
-        made.command("down", code=None)
+        made.end()
+    wait_for("its processes to end", lambda: not descendants_of(str(made.home)), 20.0)
+
+
+def test_keys_for_a_suite_that_was_started_without(tmp_path: Path) -> None:
+    made = Suite(tmp_path / "s", agents=1, keys=True)
+    try:
+        made.command("up", SEAMARK_SECURITY_KEYS="")
+        said = made.command("up", code=78)
+        assert "has no keys, and security.keys names some: seamark down, then seamark up" in said
+        made.command("down")
+        made.command("up")
+        made.wait_healthy()
+        assert "has keys, and this configuration names none" in made.command("up", code=78, SEAMARK_SECURITY_KEYS="")
+        assert "already running" in made.command("up")
+    finally:
+        made.end()
     wait_for("its processes to end", lambda: not descendants_of(str(made.home)), 20.0)
 
 
@@ -325,7 +348,7 @@ def test_a_node_whose_key_is_revoked_is_lost_and_the_job_goes_on_without_it(tmp_
     until = tmp_path / "until"
     arguments = ("--steps", "1000000", "--until", str(until), "--every", str(EVERY), "--pause", "0.02")
     with ExitStack() as ending:
-        ending.callback(made.command, "down", code=None)
+        ending.callback(made.end)
         made.up()
         made.wait_healthy()
         options = ("--nnodes", "1:2", "--nproc-per-node", "2", "--join-timeout", "5")
@@ -342,7 +365,13 @@ def test_a_node_whose_key_is_revoked_is_lost_and_the_job_goes_on_without_it(tmp_
         assert run.finish() == 0, run.text() + run.logs()
         agent = (made.state / "log" / f"agent-{0 if gone == 'host' else 1}.log").read_text()
         assert f"a daemon refuses this agent's messages: the key {gone} is not allowed here any more" in agent
-        assert [node for node in made.status()["coordinator"]["nodes"] if node["used"]] == []
+        assert [node["node"] for node in made.status()["coordinator"]["nodes"]] == [
+            {"host": "host-1"}.get(gone, "host")
+        ]
+        # Added again it has another key: its agent finds that by itself.
+        made.command("keys", "add", gone)
+        wait_for("the node to be back", lambda: len(made.status()["coordinator"]["nodes"]) == 2)
+        made.wait_healthy()
     wait_for("its processes to end", lambda: not descendants_of(str(made.home)), 20.0)
 
 

@@ -6,6 +6,7 @@ Nor is what people ask about jobs that had ended before a coordinator was starte
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -37,6 +38,8 @@ from seamark.protocol.messages import (
     Refused,
     ShardAnswer,
     ShardRequest,
+    ShardsPage,
+    ShardsRequest,
     SharedState,
     SnapshotRequest,
     StopJob,
@@ -47,10 +50,12 @@ from seamark.protocol.messages import (
     WorkersStopped,
     WorkerStarted,
 )
+from seamarkd.coordinator import shell
 from seamarkd.coordinator.backlog import MAX_ANSWERS, compacted
+from seamarkd.coordinator.cluster import NODE_SILENT
 from seamarkd.coordinator.effects import Tell, ToLighthouse
 from seamarkd.coordinator.manifest import Manifest
-from seamarkd.coordinator.shards import Record
+from seamarkd.coordinator.shards import Record, Saved
 from seamarkd.coordinator.shell import COMPACT_FROM, CoordinatorShell
 from seamarkd.effects import Send
 
@@ -106,18 +111,13 @@ def test_of_too_many_askers_the_latest_are_answered() -> None:
 class Bench:
     """A coordinator that serves one node, and the sockets of the node and of a person."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, manifest: type[Manifest] = Manifest) -> None:
         self.path = home / "m.db"
-        self._home = home
+        self.manifest = manifest(self.path)
         self._context: zmq.Context[Any] = zmq.Context()
-        self.start()
-        self.node, self.person = self._peer(f"ipc://{home}/c"), self._peer(f"ipc://{home}/c")
-
-    def start(self) -> None:
-        """The coordinator, or another one after it was closed."""
-        self.manifest = Manifest(self.path)
-        sockets = (f"ipc://{self._home}/{name}" for name in "cle")
-        self.shell = CoordinatorShell(self._context, *sockets, self.manifest)
+        address = f"ipc://{home}/c"
+        self.shell = CoordinatorShell(self._context, address, f"ipc://{home}/l", f"ipc://{home}/e", self.manifest)
+        self.node, self.person = self._peer(address), self._peer(address)
 
     def _peer(self, address: str) -> zmq.Socket[Any]:
         socket = self._context.socket(zmq.DEALER)
@@ -167,9 +167,15 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def begun(home: Path) -> AsyncIterator[Bench]:
-    bench = Bench(home)
-    try:
+    async with served(home) as bench:
         await bench.begin()
+        yield bench
+
+
+@asynccontextmanager
+async def served(home: Path, manifest: type[Manifest] = Manifest) -> AsyncIterator[Bench]:
+    bench = Bench(home, manifest)
+    try:
         yield bench
     finally:
         await bench.shell.close()
@@ -230,26 +236,91 @@ def _other() -> JobSpec:
     return JobSpec("other", ["t.py"], False, "python", "/", {}, 1, 1, 1, "replace", 2, "", "/tmp")
 
 
-def test_decisions_of_an_ended_job_outlive_the_coordinator(home: Path) -> None:
-    asyncio.run(_decided(home))
+def test_questions_about_the_books_that_wait_are_bounded_and_asked_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "MAX_LOOKUPS", 3)
+    asyncio.run(_asking(home))
 
 
-async def _decided(home: Path) -> None:
+async def _asking(home: Path) -> None:
     async with begun(home) as bench:
-        job = bench.shell.core.jobs["job"]
-        lease = job.shards._ledgers["d"].lease_of(0)  # type: ignore[union-attr]
+        busy = threading.Event()
+        # A commit that takes its time: the database has one thread.
+        bench.shell._disk.submit(busy.wait, 30.0)
+        try:
+            for number in range(20):
+                bench.person.send_multipart(encode(_page(number)))
+            # Answered on the loop, after those.
+            await bench.ask(bench.person, FollowJob(100, "job"), JobStatus, request=100)
+            assert len(bench.shell._lookups) <= 3
+        finally:
+            busy.set()
+        await until(lambda: not bench.shell._lookups)
+        await bench.ask(bench.person, _page(19), ShardsPage, consumer="c19")
+
+
+def _page(number: int) -> ShardsRequest:
+    return ShardsRequest(number, "job", "d", 0, 10, f"c{number}")
+
+
+# --- started anew ------------------------------------------------------------------------------------------
+
+
+def test_of_a_job_that_had_ended_before_the_start_its_data_sets_and_decisions_are_still_known(home: Path) -> None:
+    asyncio.run(_ended(home))
+
+
+async def _ended(home: Path) -> None:
+    async with begun(home) as bench:
+        lease = (await bench.shards(LeaseShard, 3)).lease
         assert lease is not None
-        await bench.shards(FailShard, 3, shard=0, lease_id=lease.lease_id, kind="oom")
-        before = await bench.ask(bench.person, DecisionsRequest(5, "job"), Decisions)
-        assert [one.kind for one in before.decisions] == ["oom"]
-        await bench.ask(bench.person, StopJob(6, "job", "enough"), JobStatus, request=6)
-        order = await bench.hear(bench.node, StopWorkers)
-        bench.node.send_multipart(encode(WorkersStopped(order.request, "job", order.generation)))
-        await until(lambda: job.state == "CANCELLED")
-        await bench.shell.close()
-        bench.start()
-        after = await bench.ask(bench.person, DecisionsRequest(7, "job"), Decisions, request=7)
-        assert after.decisions == before.decisions
-        none = await bench.ask(bench.person, DecisionsRequest(8, "job", shard=1), Decisions, request=8)
-        assert none.decisions == []
-        await bench.ask(bench.person, DecisionsRequest(9, "other"), Refused, request=9)
+        fail = {"shard": 0, "lease_id": lease.lease_id, "batch": 0, "kind": "transient", "text": "why"}
+        assert (await bench.shards(FailShard, 4, **fail)).kind == "recorded"
+        await bench.ask(bench.person, StopJob(5, "job", "enough"), JobStatus)
+        job = bench.shell.core.jobs["job"]
+        bench.node.send_multipart(encode(WorkersStopped(job.request, "job", 0)))
+        await bench.hear(bench.person, JobStatus, state="CANCELLED")
+        before = [await _known(bench), *(await _decided(bench))]
+    async with served(home) as bench:
+        assert [await _known(bench), *(await _decided(bench))] == before
+    assert [(one.name, one.total, one.leased) for one in before[0]] == [("d", 8, 0)]
+    assert [(one.kind, one.batch) for one in before[1:]] == [("transient", 0)]
+
+
+async def _known(bench: Bench) -> list[Any]:
+    return (await bench.ask(bench.person, FollowJob(50, "job"), JobStatus, request=50)).datasets
+
+
+async def _decided(bench: Bench) -> list[Any]:
+    return (await bench.ask(bench.person, DecisionsRequest(51, "job"), Decisions, request=51)).decisions
+
+
+class SlowManifest(Manifest):
+    """It says when the last of what is taken up was read."""
+
+    read_at = 0.0
+
+    def shards(self, job: str) -> Saved:
+        found = super().shards(job)
+        SlowManifest.read_at = time.monotonic()
+        return found
+
+
+def test_nodes_have_their_time_from_when_everything_was_taken_up(home: Path) -> None:
+    """Millions of shards take seconds to read: who could not be heard meanwhile must not lose its leases for it."""
+    asyncio.run(_settling(home))
+
+
+async def _settling(home: Path) -> None:
+    async with begun(home):
+        pass
+    async with served(home, SlowManifest) as bench:
+        assert SlowManifest.read_at > 0.0
+        # As late as that nobody is taken for lost.
+        bench.shell.core.tick(SlowManifest.read_at + NODE_SILENT)
+        shards = bench.shell.core.jobs["job"].shards
+        assert shards is not None
+        assert shards.status()[0].leased == 1
+        bench.shell.core.tick(time.monotonic() + NODE_SILENT)
+        assert shards.status()[0].leased == 0

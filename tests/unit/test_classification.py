@@ -214,7 +214,7 @@ def test_the_first_pattern_decides_wherever_it_is_found_and_the_last_line_of_it_
     ("regex", "kind", "why"),
     [
         ("boom", "OOM", "'OOM' is no kind of failure; there are spot_preemption, poison_input, oom, "),
-        ("(boom", "oom", "'(boom': is no regular expression: missing ), unterminated subpattern at position 0"),
+        ("(boom", "oom", "'(boom' is no regular expression: missing ), unterminated subpattern at position 0"),
         ("a{99999999999}", "oom", "is no regular expression: "),
         ("x" * (MAX_REGEX + 1), "oom", f"has {MAX_REGEX + 1} characters; {MAX_REGEX} are allowed"),
         ("x" * 1_000_000, "oom", f"has 1000000 characters; {MAX_REGEX} are allowed"),
@@ -232,11 +232,21 @@ def test_the_first_pattern_decides_wherever_it_is_found_and_the_last_line_of_it_
     ids=lambda value: value[:20],
 )
 def test_a_pattern_that_can_t_be_used_is_refused_in_one_sentence(regex: str, kind: str, why: str) -> None:
-    with pytest.raises(ValueError, match="^failure pattern ") as raised:
+    with pytest.raises(ValueError, match=r"^failure_patterns\[1\]\.(regex|kind): ") as raised:
         job_patterns([("fine", "oom"), (regex, kind)])
     assert why in str(raised.value)
     assert len(str(raised.value)) < 500
     assert "\n" not in str(raised.value)
+
+
+def test_of_several_mistakes_each_is_named_with_the_number_of_its_pattern() -> None:
+    with pytest.raises(ValueError, match="failure_patterns") as raised:
+        job_patterns([("(boom", "OOM"), ("fine", "oom"), ("x*", "oom")])
+    assert [line.split(": ")[0] for line in str(raised.value).splitlines()] == [
+        "failure_patterns[0].kind",
+        "failure_patterns[0].regex",
+        "failure_patterns[2].regex",
+    ]
 
 
 @pytest.mark.parametrize(

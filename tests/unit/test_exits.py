@@ -11,7 +11,7 @@ import time
 import pytest
 
 from seamarkd.agent.orphans import exit_status
-from seamarkd.agent.workers import runs_since
+from seamarkd.agent.workers import began_then, runs_since
 from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS, exit_cause
 
 
@@ -52,3 +52,21 @@ def test_a_process_is_known_again_by_its_start() -> None:
         assert not runs_since(process.pid, began - 2.0)
         assert not runs_since(process.pid, began + 2.0)
     assert not runs_since(process.pid, began)
+
+
+@pytest.mark.parametrize(
+    ("since_boot", "slept", "same"),
+    [
+        (100.0, 0.0, True),
+        (102.0, 0.0, False),
+        (98.0, 0.0, False),
+        (150.0, 50.0, True),
+        (100.0, 50.0, True),
+        (120.0, 50.0, True),
+        (152.0, 50.0, False),
+        (98.0, 50.0, False),
+    ],
+    ids=["", "later", "earlier", "slept before", "slept after", "both", "slept before, later", "slept after, earlier"],
+)
+def test_a_host_that_was_suspended_knows_its_processes_again(since_boot: float, slept: float, same: bool) -> None:
+    assert began_then(since_boot, 100.0, slept) is same

@@ -89,6 +89,56 @@ def test_what_changed_is_handed_out_once() -> None:
     assert changed.started == {"j/1": 1.01}
 
 
+def alone(log: IncidentLog, *failures: Failure) -> None:
+    for sequence, one in enumerate(failures, log.count + 1):
+        log.failed(FailureEvent("j", "ranks", 1, sequence, one), alone=True)
+
+
+def replaced(rank: int, at: float) -> WorkerStarted:
+    return WorkerStarted(0, "j", 0, f"j/{rank}", "new", 5, at, f"i{rank}")
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_of_ranks_that_are_started_anew_alone_each_has_an_incident_with_its_cost(early: bool) -> None:
+    """Its replacement is reported by its agent, its failure by the lighthouse: either may be heard first."""
+    log = IncidentLog()
+    if early:
+        log.started(replaced(1, 1.25))
+    alone(log, failure(0, at=1.0), failure(1, at=1.2))
+    if not early:
+        log.started(replaced(1, 1.25))
+    assert [(one.number, [each.rank for each in one.failures], one.started) for one in log.incidents] == [
+        (1, [0], {}),
+        (2, [1], {"j/1": 1.25}),
+    ]
+    console = Console(record=True, width=200, file=io.StringIO())
+    show(console, "j", "runs", log.incidents, every_rank=False)
+    text = console.export_text()
+    assert "rank 1 on n was started anew alone: forked 50.0 ms after that, as seen by canary" in text
+    again = IncidentLog(log.incidents)
+    alone(again, failure(2, at=1.4))
+    assert again.count == 3, "nor is one open to a coordinator that was started anew"
+
+
+def test_ranks_that_go_with_their_node_have_one_incident() -> None:
+    log = IncidentLog()
+    gone = Cause(kind="node", text="its node is lost")
+    alone(log, *(msgspec.structs.replace(failure(rank), cause=gone) for rank in range(2)))
+    alone(log, msgspec.structs.replace(failure(2), cause=gone, node="another"))
+    assert [[one.rank for one in incident.failures] for incident in log.incidents] == [[0, 1], [2]]
+
+
+def test_an_incident_that_a_restart_of_all_has_ended_is_not_opened_by_a_restart_of_the_coordinator() -> None:
+    log = IncidentLog()
+    failed(log, failure(0))
+    log.restarted()
+    (changed, *_) = log.take_changed()
+    assert changed.closed
+    again = IncidentLog([changed])
+    failed(again, failure(1))
+    assert again.count == 2
+
+
 def test_a_timeline_belongs_to_the_incident_that_led_to_its_iteration() -> None:
     log = IncidentLog()
     failed(log, failure(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,7 +23,7 @@ from seamark.protocol.messages import (
 )
 from seamark.runtime_config import RuntimeConfig
 from seamarkd.coordinator.classification import Evidence
-from seamarkd.coordinator.ledger import MAX_HELD, Row, State
+from seamarkd.coordinator.ledger import MAX_HELD, Ledger, Row, State
 from seamarkd.coordinator.shards import (
     MAX_DATASETS,
     MAX_SHARDS,
@@ -467,6 +468,32 @@ def test_without_redistribution_a_shard_that_was_begun_is_its_member_s() -> None
     assert made.lease(1).shard == 1
     made.where["job/0"] = "n9"
     assert made.lease(0, process="i0b").shard == begun.shard
+
+
+def test_without_redistribution_a_request_does_not_go_through_the_shards_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = 300
+    made = bench(Dataset("set", count + 2, 1), elastic_redistribution=False)
+    for number in range(count):
+        made.lease(0, name=str(number))
+    made.lost(None, "i0")
+    looked: list[int] = []
+    suits = Ledger._suits
+
+    def counted(ledger: Ledger, shard: int, *more: Any) -> bool:
+        looked.append(shard)
+        return suits(ledger, shard, *more)
+
+    monkeypatch.setattr(Ledger, "_suits", counted)
+    assert [made.lease(1, name=str(number)).shard for number in range(2)] == [count, count + 1]
+    assert kinds(made.ask(LeaseShard, 1, name="2")) == ["wait"]
+    assert looked == []
+    assert [made.lease(0, process="i0b", name=str(number)).shard for number in range(2)] == [0, 1]
+    made.lost(None, "i0b")
+    made.restart()
+    assert made.lease(0, process="i0c").shard == 0, "whose they are is written down"
+    assert looked == [0, 1, 0]
 
 
 def test_a_batch_that_fails_twice_wherever_is_left_out_and_the_shard_is_done_without_it() -> None:

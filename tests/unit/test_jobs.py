@@ -260,6 +260,18 @@ def test_a_name_is_taken_while_its_job_lives() -> None:
     assert refused.code == "NAME_TAKEN"
 
 
+def test_who_takes_a_name_again_is_told_what_is_forgotten() -> None:
+    bench = Bench()
+    bench.run()
+    assert bench.told(JobStatus, bench.submit())[0].notice == ""
+    for rank in range(WORLD):
+        bench.exit(rank, 0, completed=True)
+    bench.all_stopped()
+    (status,) = bench.told(JobStatus, bench.send(SubmitJob(2, bench.spec, "again"), b"operator"))
+    assert status.notice.startswith("the run that had this name before (succeeded) is forgotten, with its incidents")
+    assert (status.datasets, status.incidents) == ([], 0)
+
+
 def test_what_can_not_work_is_refused_at_once() -> None:
     effects = Coordinator(1).handle(0.0, b"o", SubmitJob(1, spec(min_nodes=3, max_nodes=2), "once"))
     (effect,) = effects
@@ -1291,6 +1303,9 @@ def test_what_agents_refused_is_in_the_status_until_they_come_back() -> None:
     bench.send(NodeRefusals("n0", {"not_allowed": 3}))
     bench.send(NodeRefusals("unknown", {"not_allowed": 1}))
     assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{"not_allowed": 3}]
+    bench.now = 10.0
+    bench.send(NodeRefusals("n0", {"not_allowed": 4}, {"not_allowed": 2.0}))
+    assert [node.refused_ago for node in bench.core.status(15.0, 1).nodes] == [{"not_allowed": 7.0}]
     bench.hello()
     assert [node.refused for node in bench.core.status(0.0, 1).nodes] == [{}], "it says so again"
 

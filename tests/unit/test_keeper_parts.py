@@ -234,8 +234,7 @@ def test_a_store_goes_last_and_only_for_good() -> None:
     stop.ask([7])
     everybody = {7: 7, 5: 5}
     assert stop.signals(1.0, left(everybody, workers={7}, stores={5})) == [], "its last checkpoint may need the store"
-    assert stop.signals(2.0, left({5: 5}, stores={5})) == [Signal(5, TERM, True), Signal(5, CONT, True)]
-    assert stop.signals(3.0, left({5: 5}, stores={5})) == []
+    assert stop.signals(2.0, left({5: 5}, stores={5})) == [Signal(5, KILL, True)], "it heeds nothing less"
     assert not stop.over(3.0, left({5: 5}, stores={5}))
     assert stop.over(3.0, left(None))
     passing = Stop(10.0, False)

@@ -165,6 +165,8 @@ def test_shards_come_back_as_they_were_written(tmp_path: Path) -> None:
         assert saved.replies == [Reply("i5#d/0", 3, answer)]
         entries = manifest.page(7, 1, 1)
         assert [(one.shard, one.state, one.lease_id) for one in entries] == [(1, "LEASED", 5)]
+        (over,) = manifest.page(7, 1, 1, living=False)
+        assert (over.state, over.lease_id) == ("PENDING", 5), "of a job that has ended nobody has a lease"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +270,31 @@ def test_of_damaged_copies_none_is_used(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no whole copy"):
         Manifest(path)
     assert path.read_bytes() == b"no database" * 100
+
+
+def test_no_copy_takes_the_room_that_running_jobs_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.db"
+    written(path)
+    before = {copy: copy.read_bytes() for copy in backups.copies(path) if copy.exists()}
+    with Manifest(path) as manifest:
+        manifest.commit([Persist(record("FAILED"), ())])
+        monkeypatch.setattr(manifests, "FREE_BYTES", 1 << 60)
+        with pytest.raises(ManifestError, match="no copy of .* was made: the disk has no room for another"):
+            manifest.back_up()
+    assert {copy: copy.read_bytes() for copy in backups.copies(path) if copy.exists()} == before
+
+
+def test_a_copy_that_can_t_take_the_place_of_a_damaged_database_is_named_and_does_so_later(tmp_path: Path) -> None:
+    path = tmp_path / "m.db"
+    written(path)
+    path.write_bytes(b"no database" * 100)
+    (tmp_path / "m.db.restored").mkdir()
+    for _ in range(2):
+        with pytest.raises(ManifestError, match="m.db is .*, and no copy could take its place: .*Is a directory"):
+            Manifest(path)
+    (tmp_path / "m.db.restored").rmdir()
+    with Manifest(path) as manifest:
+        assert manifest.jobs() == [record()]
 
 
 def test_a_torn_end_of_the_log_costs_what_was_not_acknowledged_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import pytest
 
 from seamark.autorestart import MAX_SHORT_LIVES, SHORT_LIFE, Lives, fork_and_monitor
 from seamark.launched import MonitorError, Place
+from seamark.slurm import SPAN, first_host, master_port
 
 TORCHRUN = {
     "RANK": "5",
@@ -62,9 +64,72 @@ def test_ten_short_lives_in_a_row_are_too_many() -> None:
     assert not lives.after(SHORT_LIFE).too_many
 
 
-def test_slurm_tells_the_first_host_s_number_where_hosts_differ() -> None:
-    place = Place.read(SRUN | {"SLURM_TASKS_PER_NODE": "2,6", "SLURM_LOCALID": "4"})
-    assert (place.local_rank, place.local_world_size) == (4, 5)
+@pytest.mark.parametrize(
+    ("change", "local_world_size"),
+    [
+        ({"SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}, 4),
+        ({"SLURM_TASKS_PER_NODE": "2,6", "SLURM_NODEID": "1"}, 6),
+        ({"SLURM_TASKS_PER_NODE": "4(x2),3,7", "SLURM_NODEID": "2"}, 3),
+        ({"SLURM_TASKS_PER_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_NODEID": "3"}, 2),
+    ],
+)
+def test_slurm_tells_how_many_tasks_each_host_has(change: dict[str, str], local_world_size: int) -> None:
+    assert Place.read(SRUN | change).local_world_size == local_world_size
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"SLURM_TASKS_PER_NODE": "4(x"}, "SLURM_TASKS_PER_NODE='4\\(x'.*not as Slurm writes"),
+        ({"SLURM_NODEID": "one"}, "SLURM_NODEID='one'"),
+        ({"SLURM_NODEID": "2"}, "says nothing of node 2"),
+        ({"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x' must be a whole number"),
+        ({"SLURM_STEP_ID": None}, "SLURM_PROCID is not set: start this script with torchrun, srun"),
+    ],
+)
+def test_what_slurm_does_not_write_is_named(change: dict[str, str | None], sentence: str) -> None:
+    environ = {name: value for name, value in (SRUN | change).items() if value is not None}
+    with pytest.raises(MonitorError, match=sentence):
+        Place.read(environ)
+
+
+def test_a_step_of_fewer_tasks_than_its_job_is_a_world_of_its_own() -> None:
+    """With ``srun --preserve-env`` SLURM_NTASKS is the job's."""
+    assert Place.read(SRUN | {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "8"}).world_size == 8
+
+
+def test_slurm_names_the_first_host_and_a_port_where_the_environment_does_not() -> None:
+    environ = {name: value for name, value in SRUN.items() if not name.startswith("MASTER_")}
+    nodes = {"SLURM_STEP_NODELIST": "localhost,n[1-2]", "SLURM_JOB_NODELIST": "elsewhere"}
+    place = Place.read(environ | nodes)
+    assert (place.master_addr, place.master_port) == ("127.0.0.1", master_port(77, 3))
+    assert Place.read(environ | nodes | {"MASTER_PORT": "29500"}).master_port == 29_500
+    assert Place.read(environ | {"SLURM_JOB_NODELIST": "localhost"}).master_addr == "127.0.0.1"
+    with pytest.raises(MonitorError, match="MASTER_ADDR is not set"):
+        Place.read(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("n1", "n1"),
+        ("a,b", "a"),
+        ("gpu-[07-10,12],head", "gpu-07"),
+        ("n[5,7]", "n5"),
+        ("rack[1-2]node[03-04]", "rack1node03"),
+        ("a[1-2]x,b", "a1x"),
+        ("", ""),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_steps_side_by_side_have_ports_of_their_own_below_those_that_linux_gives_out() -> None:
+    ports = sorted(master_port(job, step) for job in range(4_000_000, 4_000_040) for step in range(20))
+    assert all(after - before >= SPAN for before, after in itertools.pairwise(ports))
+    assert ports[0] > 1_024
+    assert ports[-1] + SPAN <= 32_768
 
 
 @pytest.mark.parametrize(("environ", "job", "generation"), [(TORCHRUN, "run-7", 2), (SRUN, "slurm-77.3", 0)])

@@ -376,3 +376,31 @@ def test_where_the_host_goes_away_a_dataloader_ends_the_process_with_143(door: D
     with pytest.raises(SystemExit) as ended:
         next(iter(loading))
     assert ended.value.code == 143
+
+
+@pytest.mark.parametrize("name", ["", "a" * 101, "é" * 51, "a/b", "a\nb"])
+def test_a_name_that_no_data_set_can_have_is_refused_before_anybody_is_asked(name: str) -> None:
+    """Bytes count: a consumer's name on the wire has it in it."""
+    with pytest.raises(ValueError, match="the name of a data set"):
+        sharding.described(name, size=8, shard_size=2, shuffle_seed=None, epochs=1)
+    assert sharding.described("é" * 50, size=8, shard_size=2, shuffle_seed=None, epochs=1).total == 4
+
+
+def test_what_was_read_before_a_load_that_failed_comes_too_late_and_nobody_else_is_blamed(
+    door: Door, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(indices: np.ndarray) -> np.ndarray:
+        if 2 in indices:
+            raise ValueError("sample 2")
+        return indices
+
+    with seamark.ShardDataset("set", size=4, shard_size=4, batch_size=2, load=load) as dataset:
+        batches = iter(dataset)
+        first = next(batches)
+        assert not next(batches), "the shard was given back with its second batch, and waits"
+        assert not first.done()
+        said = [record.getMessage() for record in caplog.records if "does not count" in record.getMessage()]
+        assert len(said) == 1
+        assert "of shard 0 has ended: the shard is PENDING now" in said[0]
+        assert "another" not in said[0]
+        batches.close()  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ from seamark.protocol.messages import (
 )
 from seamarkd.cli.events import Printer, Reader, sentence
 from seamarkd.cli.operator import UnreachableError
-from seamarkd.cli.status import assess, connectable, data, draw, exposed, on_loopback, unclocked
+from seamarkd.cli.status import assess, connectable, data, draw, exposed, on_loopback, unclocked, without_suite
 from seamarkd.settings import load
 
 
@@ -126,6 +126,29 @@ def test_the_exit_code_and_the_sentence_behind_it(
     assert json.loads(json.dumps(data(first, second, picture)))["code"] == code
 
 
+def test_without_a_suite_the_standalone_jobs_are_shown() -> None:
+    well, ill = (coordinator(job("a")), lighthouse()), (coordinator(job("b", alive=1)), lighthouse())
+    assert without_suite({"a": well}).code == 0
+    picture = without_suite({"a": well, "b": ill})
+    assert (picture.code, picture.problems) == (1, ["b: job b runs with 1 of 2 ranks: fine"])
+    out = io.StringIO()
+    Console(file=out, width=200).print(draw(picture))
+    assert [line for line in out.getvalue().splitlines() if line.startswith(("no suite", "standalone"))] == [
+        "no suite runs on this host",
+        "standalone job a",
+        "standalone job b",
+    ]
+    assert "unreachable" not in out.getvalue()
+    found = json.loads(json.dumps(data("none", "none", picture)))["standalone"]
+    assert {name: one["code"] for name, one in found.items()} == {"a": 0, "b": 1}
+
+
+def test_without_a_suite_and_a_standalone_job_that_is_said_plainly() -> None:
+    picture = without_suite({})
+    assert picture.code == 2
+    assert picture.problems == ["no suite runs on this host, nor a standalone job: seamark up starts a suite"]
+
+
 def test_members_come_worst_first_and_not_more_than_people_read() -> None:
     members = [member(rank) for rank in range(25)]
     members[7] = member(7, step=-1)
@@ -190,10 +213,10 @@ def test_what_was_refused_is_said_of_each_daemon() -> None:
     text = drawn(with_agent, replace(lighthouse(), dropped=counts))
     refused = "1 messages in the name of another node, 3 connections with a key that nobody knows"
     for said in (
-        f"the lighthouse refused: {refused}: its log names the peers",
-        "the lighthouse dropped frames that were no message: 2 fields",
-        "the coordinator dropped frames that were no message: 1 header",
-        "the agent of node n refused: 4 messages that are not their sender's to send",
+        f"the lighthouse refused, the last 0.0 s ago: {refused}: its log names the peers",
+        "the lighthouse dropped frames that were no message, the last 0.0 s ago: 2 fields",
+        "the coordinator dropped frames that were no message, the last 0.0 s ago: 1 header",
+        "the agent of node n refused, the last 0.0 s ago: 4 messages that are not their sender's to send",
     ):
         assert said in text
     assert "No route" not in text, "who is gone is no fault"
@@ -365,3 +388,14 @@ def test_a_line_names_job_number_and_group(capsys: pytest.CaptureFixture[str]) -
         "--:--:--.---  j  #3  replicas  r7 lost: heartbeat timeout",
         "--:--:--.---  j  #4  replicas  r7 is back",
     ]
+
+
+def test_what_was_refused_long_ago_alarms_nobody() -> None:
+    ago = {"unknown_key": 7_000.0, "other_node": 9_000.0}
+    old = replace(lighthouse(), dropped={"unknown_key": 3, "other_node": 1}, dropped_ago=ago)
+    node = NodeStatus("n", 8, 2, "", {"not_allowed": 4}, "", {"not_allowed": 200.0})
+    picture = assess(replace(coordinator(), nodes=[node]), old)
+    (remark,) = picture.remarks
+    assert remark.startswith("the lighthouse refused, the last 117 min ago: 1 messages in the name of another node, 3")
+    (note,) = picture.notes
+    assert note.startswith("the agent of node n refused, the last 3 min ago: 4 messages")

@@ -37,6 +37,7 @@ import zmq
 from msgspec import Struct
 
 from seamark.environment import SECURITY_KEYS
+from seamark.launched import ANOTHER_PORT
 from seamark.progress import ProgressPage
 from seamark.protocol.keys import Key, KeysError, client_key
 from seamark.protocol.messages import StoreAddress
@@ -388,7 +389,7 @@ def main() -> None:
         asyncio.run(serve(settings, monitor))
     except zmq.ZMQError as error:
         where = f"{settings.lighthouse} or {settings.events}"
-        sys.stderr.write(f"seamark: can't listen on {where} ({error.strerror}): choose another MASTER_PORT\n")
+        sys.stderr.write(f"seamark: can't listen on {where} ({error.strerror}): {ANOTHER_PORT}\n")
         sys.exit(CONFIGURATION)
     except (NotThisHostError, KeysError) as error:
         sys.stderr.write(f"seamark: {error}\n")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import zmq
 
+from seamark.protocol.keys import Key
 from seamarkd import daemon
 from seamarkd.agent.health import HealthChecks
 from seamarkd.agent.logfiles import LogLimits
 from seamarkd.agent.notice import NoticeWatch
 from seamarkd.agent.shell import AgentShell
-from seamarkd.agent.wires import NotThisHostError
+from seamarkd.agent.wires import NotThisHostError, numeric
 from seamarkd.cli.exit_codes import TERMINATED
 from seamarkd.epoch import next_epoch
 from seamarkd.paths import private
@@ -28,9 +31,17 @@ LINGER = 3_600.0
 """Seconds that keepers and workers live on without an agent before they end themselves."""
 
 
+KEY_LOOK = 1.0
+"""Seconds between two looks at this node's key."""
+
+
 class _Served:
-    def __init__(self, shell: AgentShell, notice: str) -> None:
+    def __init__(self, shell: AgentShell, notice: str, key: Callable[[], Key | None]) -> None:
         self._shell = shell
+        self._key = key
+        self._spoken = key()
+        self._loop = asyncio.get_running_loop()
+        self._looks = self._loop.call_later(KEY_LOOK, self._look_at_key) if self._spoken is not None else None
         self._why = "its agent was told to end (SIGTERM)"
         self._notices = NoticeWatch(notice, self._on_notice) if notice else None
 
@@ -40,11 +51,29 @@ class _Served:
         # What a notice means is what SIGTERM means.
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def _look_at_key(self) -> None:
+        """A key that was added again is another one, and the sockets have the old one for as long as they live."""
+        self._looks = self._loop.call_later(KEY_LOOK, self._look_at_key)
+        try:
+            key = self._key()
+        except SettingsError:
+            return  # revoked here, or on its way: whom it does not let in says so
+        if key != self._spoken:
+            self._spoken = key
+            log.warning("this node has another key now, and this agent is replaced: its workers go on")
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    def _look_no_more(self) -> None:
+        if self._looks is not None:
+            self._looks.cancel()
+
     async def leave(self) -> int:
+        self._look_no_more()
         await self._shell.leave(self._why)
         return TERMINATED
 
     async def close(self) -> None:
+        self._look_no_more()
         if self._notices is not None:
             self._notices.close()
         self._shell.close()
@@ -76,6 +105,10 @@ def command(
     async def start(context: zmq.Context[Any]) -> daemon.Served:
         directory = private(chosen.run_directory / f"agent-{instance}")
         name = chosen.node_of(instance)
+
+        def key() -> Key | None:
+            return chosen.key("node", name)
+
         shell = AgentShell(
             context,
             node=name,
@@ -84,10 +117,10 @@ def command(
             lighthouse=chosen.lighthouse.address,
             events=chosen.lighthouse.events,
             coordinator=chosen.coordinator.address,
-            host=chosen.agent.host,
+            host=numeric(chosen.agent.host),
             epoch=next_epoch(directory / "epoch"),
             linger=LINGER,
-            key=chosen.key("node", name),
+            key=key(),
             keys=chosen.keys_directory,
             logs=LogLimits(chosen.log.worker_max_bytes, chosen.log.worker_generations),
             health=HealthChecks(
@@ -102,7 +135,7 @@ def command(
         except NotThisHostError as error:
             shell.close()
             raise SettingsError([f"agent.host: {error}: give the name or address that others reach it by"]) from None
-        return _Served(shell, chosen.agent.preemption_notice)
+        return _Served(shell, chosen.agent.preemption_notice, key)
 
     daemon.run("agent", chosen, start)
 

@@ -69,7 +69,9 @@ class Stops:
         """All of a job, by SIGTERM and SIGKILL ``grace`` seconds later; with ``final`` its store and keeper, too."""
         await asyncio.gather(self._stop_keeper(job, kept, grace, final=final), self._stop_orphans(kept, grace))
         # Its keeper may have been killed while it stopped them; and the store goes last.
-        await self._stop_orphans(kept, grace, store=final)
+        await self._stop_orphans(kept, grace)
+        # It heeds nothing less than SIGKILL, and has nothing to save.
+        await self._stop_orphans(kept, 0.0, store=final)
         if final:
             kept.let_go()
         else:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 
+from seamark.launched import ANOTHER_PORT
 from seamarkd.agent.keeper.requests import Refused
 from seamarkd.agent.keeper.store import Store, listen
 from seamarkd.cli.exit_codes import CONFIGURATION
@@ -30,7 +31,7 @@ def main() -> None:
     try:
         listener = listen(host, port)
     except Refused as error:
-        sys.stderr.write(f"seamark: the TCPStore: {error}: choose another MASTER_PORT\n")
+        sys.stderr.write(f"seamark: the TCPStore: {error}: {ANOTHER_PORT}\n")
         sys.exit(CONFIGURATION)
     Store(host, port, listener.fileno()).run(lambda: print("serves", flush=True))
 

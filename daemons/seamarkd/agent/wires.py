@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,7 @@ from seamarkd.agent.effects import Effect, Introduce, TellWorkers, ToCoordinator
 from seamarkd.channel import Channel
 from seamarkd.logs import Sparing
 from seamarkd.rhythm import next_beat
+from seamarkd.tally import ages
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,18 @@ TICK = 0.1
 BEAT_INTERVAL = 0.1
 """Seconds between two beats until the lighthouse says how many it wants."""
 COORDINATOR_BEAT_INTERVAL = 0.5
+
+
+def numeric(host: str) -> str:
+    """The address that a host's name stands for, IPv4 first, as the ranks look names up; itself if it stands for none.
+
+    A job's store is told to all by address. What can't be looked up nothing can listen on: ``start`` says so.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return host
+    return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
 
 
 class NotThisHostError(Exception):
@@ -244,7 +258,7 @@ class Wires:
         refused = self._workers.refused
         if refused.total() != self._told:
             self._told = refused.total()
-            self.tell_coordinator(NodeRefusals(self._core.node.name, dict(refused)))
+            self.tell_coordinator(NodeRefusals(self._core.node.name, dict(refused), ages(time.monotonic(), [refused])))
         return COORDINATOR_BEAT_INTERVAL
 
     def _tick(self) -> float:

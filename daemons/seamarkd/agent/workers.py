@@ -85,6 +85,19 @@ def runs_since(pid: int, started_at: float) -> bool:
         ticks = start_time(pid)
     except (FileNotFoundError, ProcessLookupError):
         return False
-    # Since the boot; the monotonic clock leaves out what the host slept.
     slept = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-    return abs(ticks / os.sysconf("SC_CLK_TCK") - slept - started_at) < START_TOLERANCE
+    return began_then(ticks / os.sysconf("SC_CLK_TCK"), started_at, slept)
+
+
+def began_then(since_boot: float, started_at: float, slept: float) -> bool:
+    """Whether a process is the one that was started then.
+
+    The kernel counts what the host slept before the start, the monotonic clock does not; how much of its sleep that was
+    nobody has written down. So a process that began later by less than the host has slept is taken for it, too.
+
+    Args:
+        since_boot: when the process began, in seconds since the boot (CLOCK_BOOTTIME).
+        started_at: when it is said to have been, in monotonic seconds.
+        slept: seconds for which the host was suspended since its boot, up to now.
+    """
+    return -START_TOLERANCE < since_boot - started_at < slept + START_TOLERANCE

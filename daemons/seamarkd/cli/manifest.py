@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -18,9 +19,10 @@ from seamark.protocol.messages import Dataset, Datasets, DatasetsRequest, ShardE
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable
 from seamarkd.coordinator.books import reading
-from seamarkd.paths import state_directory
+from seamarkd.coordinator.job import ENDED
+from seamarkd.paths import job_directory
 from seamarkd.settings import load
-from seamarkd.standalone import ADDRESS_FILE
+from seamarkd.standalone import over, serving
 
 ASK_TIMEOUT = 5.0
 PAGE = 5_000
@@ -32,6 +34,8 @@ class Source(Struct):
     address: str
     file: Path
     key: Key | None = None
+    alone: bool = False
+    """Of a standalone job: nobody goes on with it where nobody serves it."""
 
 
 @click.command()
@@ -49,17 +53,16 @@ def manifest(job: str, dataset: str | None, config: Path | None) -> int:
       seamark manifest infer-41c7 > manifest.json
       seamark manifest infer-41c7 --dataset inputs | jq '.datasets[0].shards[] | select(.state != "DONE")'
     """
-    home = state_directory() / "standalone" / job
+    home = job_directory(job)
     try:
         if (home / "manifest.db").exists():
-            address = home / ADDRESS_FILE
-            source = Source(address.read_text() if address.exists() else "", home / "manifest.db")
+            source = Source(serving(home), home / "manifest.db", alone=True)
         else:
             settings = load(config, os.environ, {})
             where = connectable(settings.coordinator.address)
             source = Source(where, settings.state_directory / "coordinator.db", settings.key("operator"))
         if not (source.address and _from_coordinator(source, job, dataset)):
-            _from_file(source.file, job, dataset)
+            _from_file(source, job, dataset)
     except RefusedError as error:
         raise click.UsageError(str(error)) from None
     return 0
@@ -86,13 +89,16 @@ def _from_coordinator(source: Source, job: str, only: str | None) -> bool:
     return True
 
 
-def _from_file(file: Path, job: str, only: str | None) -> None:
+def _from_file(source: Source, job: str, only: str | None) -> None:
+    file = source.file
     if not file.exists():
         raise RefusedError(f"there is no job {job}: no coordinator answers, and {file} does not exist")
     with ExitStack() as stack:
         books = stack.enter_context(reading(file))
-        if books.job(job) is None:
+        record = books.job(job)
+        if record is None:
             raise RefusedError(f"there is no job {job} in {file}")
+        living = (over(record, time.monotonic()) if source.alone else record).state not in ENDED
         found = [(number, spec) for number, spec in books.datasets(job) if only in (None, spec.name)]
         if only and not found:
             raise RefusedError(f"job {job} has no data set {only}")
@@ -101,7 +107,7 @@ def _from_file(file: Path, job: str, only: str | None) -> None:
             for number, spec in found:
                 first = 0
                 while first >= 0:
-                    entries = books.page(number, first, PAGE)
+                    entries = books.page(number, first, PAGE, living=living)
                     yield spec, entries
                     first = entries[-1].shard + 1 if len(entries) == PAGE else -1
 

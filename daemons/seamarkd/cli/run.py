@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import get_args
+from typing import TypeVar, get_args
 
 import click
 import msgspec
@@ -41,10 +41,11 @@ from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable
 from seamarkd.coordinator.classification import job_patterns
 from seamarkd.coordinator.job import ENDED
-from seamarkd.paths import job_directory
+from seamarkd.paths import MAX_JOB_NAME, job_directory
 from seamarkd.settings import SettingsError, load
 from seamarkd.standalone import Standalone
 
+T = TypeVar("T")
 FOLLOW_INTERVAL = 3.0
 POLL = 0.25
 SAY_INTERVAL = 10.0
@@ -226,6 +227,8 @@ def run(
     job = name or f"{Path(script).stem if not module else script.rpartition('.')[2]}-{secrets.token_hex(2)}"
     if "/" in job or job.startswith("."):
         raise click.UsageError(f"--name {job}: a name has no slash and does not begin with a dot")
+    if len(os.fsencode(job)) > MAX_JOB_NAME:
+        raise click.UsageError(f"--name {job[:40]}...: a name has {MAX_JOB_NAME} bytes at most")
     chosen = None if standalone else load(config, os.environ, {})
     runtime, patterns = _runtime(runtime_config) if runtime_config else ("", [])
     home = job_directory(job) if chosen is None else chosen.state_directory / "jobs" / job
@@ -271,20 +274,50 @@ def _modules(names: str) -> list[str]:
 
 
 def _runtime(file: Path) -> tuple[str, list[FailurePattern]]:
-    """The operational parameters and the failure patterns that a file gives."""
+    """The operational parameters and the failure patterns that a file gives.
+
+    Raises:
+        SettingsError: with every mistake, by file, key and number of the pattern.
+    """
+    problems: list[str] = []
     try:
         text = file.read_bytes()
         values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text.decode())
-        given = values.pop("failure_patterns", [])
-        if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
-            raise ValueError("failure_patterns: must be a list of tables with regex and kind")
-        patterns = [msgspec.convert(one, FailurePattern) for one in given]
-        job_patterns((one.regex, one.kind) for one in patterns)
-        return json.dumps(RuntimeConfig.from_dict(values).to_dict()), patterns
+        # What is no mapping has no patterns either, and is named as what it is.
+        patterns = _patterns(values.pop("failure_patterns", []) if isinstance(values, dict) else [], problems)
+        config = _collected(problems, lambda: json.dumps(RuntimeConfig.from_dict(values).to_dict()))
     except OSError as error:
-        raise SettingsError([f"--runtime-config {file}: {error.strerror}"]) from None
-    except (ValueError, msgspec.ValidationError) as error:
-        raise SettingsError([f"--runtime-config {file}: {line}" for line in str(error).splitlines()]) from None
+        problems = [str(error.strerror)]
+    except ValueError as error:
+        problems = str(error).splitlines()
+    if problems:
+        raise SettingsError([f"--runtime-config {file}: {problem}" for problem in problems])
+    return config or "", patterns
+
+
+def _patterns(given: object, problems: list[str]) -> list[FailurePattern]:
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        problems.append("failure_patterns: must be a list of tables with regex and kind")
+        return []
+    found: dict[int, FailurePattern] = {}
+    for number, one in enumerate(given):
+        try:
+            found[number] = msgspec.convert(one, FailurePattern)
+        except msgspec.ValidationError as error:
+            problems.append(f"failure_patterns[{number}]: {error}")
+    # In the place of one that is none stands a good one: those behind it are named by their own numbers.
+    known = [found.get(number, FailurePattern("x", "oom")) for number in range(len(given))]
+    _collected(problems, lambda: job_patterns((one.regex, one.kind) for one in known))
+    return list(found.values())
+
+
+def _collected(problems: list[str], make: Callable[[], T]) -> T | None:
+    """What it makes; None where it raised a ValueError, whose lines are problems."""
+    try:
+        return make()
+    except ValueError as error:
+        problems += str(error).splitlines()
+        return None
 
 
 def _environment(assignments: tuple[str, ...]) -> dict[str, str]:

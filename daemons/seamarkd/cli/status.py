@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -38,9 +39,12 @@ from seamark.protocol.messages import (
 )
 from seamarkd.cli.exit_codes import CONFIGURATION, FAILED, SUCCEEDED, UNREACHABLE
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
+from seamarkd.cli.supervisor import NotRunningError, Supervisor
 from seamarkd.coordinator.job import ENDED, first_line
 from seamarkd.lighthouse.nodes import LOST_BEATS
+from seamarkd.paths import state_directory
 from seamarkd.settings import Settings, SettingsError, load
+from seamarkd.standalone import ADDRESS_FILE, lighthouse_beside, serving
 
 ASK_TIMEOUT = 2.0
 REDRAW_INTERVAL = 1.0
@@ -48,7 +52,9 @@ MEMBERS_SHOWN = 20
 ENDED_SHOWN = 10
 LATE = 0.5
 """Seconds by which a lighthouse is late that finds lost hosts noticeably later."""
-CLOCKS = frozenset({"uptime", "beat_age", "running_for", "lateness"})
+RECENT = 300.0
+"""Seconds for which something that was refused is shown in red."""
+CLOCKS = frozenset({"uptime", "beat_age", "running_for", "lateness", "dropped_ago", "refused_ago"})
 """Fields that differ between any two answers: no change that anybody would want a line for."""
 
 REFUSALS = {
@@ -96,6 +102,19 @@ class Picture:
     """How many ended jobs are not among the rows."""
     replicas: dict[str, Replicas] = field(default_factory=dict)
     datasets: list[Row] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """Sentences that alarm nobody."""
+    alone: dict[str, Alone] = field(default_factory=dict)
+    """Where no suite runs: the suites that standalone jobs have for themselves, by job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """The suite of one standalone job."""
+
+    coordinator: CoordinatorStatus | str
+    lighthouse: LighthouseStatus | str
+    picture: Picture
 
 
 @click.command()
@@ -106,11 +125,13 @@ class Picture:
 def status(as_json: bool, watch: bool, verbose: bool, config: Path | None) -> int:
     """Shows the daemons, nodes, jobs, ranks and replica groups of a suite.
 
+    Where no suite runs on this host, and its addresses are this host's, it shows the standalone jobs that run.
+
     \b
     Exit codes:
       0   all is well
       1   something needs a look: a daemon or node is silent, a job waits, a rank or replica is lacking
-      2   neither the coordinator nor the lighthouse answers
+      2   neither the coordinator nor the lighthouse answers, or no suite runs here, nor a standalone job
 
     \b
     Examples:
@@ -127,7 +148,7 @@ def status(as_json: bool, watch: bool, verbose: bool, config: Path | None) -> in
     if watch:
         _watch(settings, console, verbose=verbose, as_json=as_json or not console.is_terminal)
     coordinator, lighthouse = ask(settings)
-    picture = assess(coordinator, lighthouse, exposed(settings))
+    picture = look(settings, coordinator, lighthouse)
     if as_json:
         click.echo(json.dumps(data(coordinator, lighthouse, picture), indent=2))
     else:
@@ -135,13 +156,55 @@ def status(as_json: bool, watch: bool, verbose: bool, config: Path | None) -> in
     return picture.code
 
 
+def look(settings: Settings, coordinator: CoordinatorStatus | str, lighthouse: LighthouseStatus | str) -> Picture:
+    """The picture of the configured suite; of the standalone jobs where none runs on this host."""
+    if isinstance(coordinator, str) and isinstance(lighthouse, str) and _runs_nowhere(settings):
+        home = state_directory() / "standalone"
+        serve = {path.parent.name: serving(path.parent) for path in sorted(home.glob(f"*/{ADDRESS_FILE}"))}
+        return without_suite({job: _ask_both(at, lighthouse_beside(at), None) for job, at in serve.items() if at})
+    return assess(coordinator, lighthouse, exposed(settings))
+
+
+def _runs_nowhere(settings: Settings) -> bool:
+    """Whether the suite would be on this host, and is not: nothing of it was started."""
+    here = all(map(on_loopback, map(connectable, (settings.coordinator.address, settings.lighthouse.address))))
+    if not here:
+        return False
+    try:
+        with Supervisor(settings.run_directory) as supervisor:
+            supervisor.pid()
+    except NotRunningError:
+        return True
+    return False
+
+
+def without_suite(jobs: Mapping[str, tuple[CoordinatorStatus | str, LighthouseStatus | str]]) -> Picture:
+    """The picture of a host on which no suite runs.
+
+    Args:
+        jobs: the answers of the suites that standalone jobs have for themselves, by job.
+    """
+    alone = {job: Alone(*answers, assess(*answers)) for job, answers in jobs.items()}
+    if alone:
+        code = max(one.picture.code for one in alone.values())
+        problems = [f"{job}: {problem}" for job, one in alone.items() for problem in one.picture.problems]
+        return Picture(code, problems, remarks=["no suite runs on this host"], alone=alone)
+    text = "no suite runs on this host, nor a standalone job: seamark up starts a suite"
+    return Picture(UNREACHABLE, [text], remarks=[text])
+
+
 def ask(settings: Settings) -> tuple[CoordinatorStatus | str, LighthouseStatus | str]:
     """Both daemons' answers, asked at the same time; in place of one that did not come, the reason."""
+    return _ask_both(settings.coordinator.address, settings.lighthouse.address, settings.key("operator"))
+
+
+def _ask_both(
+    coordinator: str, lighthouse: str, key: Key | None
+) -> tuple[CoordinatorStatus | str, LighthouseStatus | str]:
     with ThreadPoolExecutor(2) as pool:
-        key = settings.key("operator")
-        coordinator = pool.submit(ask_one, settings.coordinator.address, CoordinatorStatus, key=key)
-        lighthouse = pool.submit(ask_one, settings.lighthouse.address, LighthouseStatus, key=key)
-        return coordinator.result(), lighthouse.result()
+        first = pool.submit(ask_one, coordinator, CoordinatorStatus, key=key)
+        second = pool.submit(ask_one, lighthouse, LighthouseStatus, key=key)
+        return first.result(), second.result()
 
 
 def ask_one(address: str, answer: type[Answer], timeout: float = ASK_TIMEOUT, key: Key | None = None) -> Answer | str:
@@ -171,7 +234,7 @@ def assess(
         picture.notes.append(f"{address} is open to the network without keys: whoever reaches it can run programs")
     picture.daemons = [_daemon(picture, "lighthouse", lighthouse), _daemon(picture, "coordinator", coordinator)]
     if isinstance(lighthouse, LighthouseStatus):
-        picture.notes += _dropped("the lighthouse", lighthouse.dropped)
+        _refusals(picture, "the lighthouse", lighthouse.dropped, lighthouse.dropped_ago)
         if lighthouse.lateness > LATE:
             late = duration(lighthouse.lateness)
             picture.notes.append(
@@ -179,9 +242,9 @@ def assess(
             )
     _nodes(picture, coordinator, lighthouse)
     if isinstance(coordinator, CoordinatorStatus):
-        picture.notes += _dropped("the coordinator", coordinator.dropped)
+        _refusals(picture, "the coordinator", coordinator.dropped, coordinator.dropped_ago)
         for node in coordinator.nodes:
-            picture.notes += _dropped(f"the agent of node {node.node}", node.refused)
+            _refusals(picture, f"the agent of node {node.node}", node.refused, node.refused_ago)
         waiting = lighthouse.waiting if isinstance(lighthouse, LighthouseStatus) else {}
         _jobs(picture, coordinator, waiting)
     if isinstance(lighthouse, LighthouseStatus):
@@ -195,19 +258,21 @@ def assess(
     return picture
 
 
-def _dropped(who: str, counts: dict[str, int]) -> list[str]:
-    """What a daemon did not take, in sentences: what was no message, and what was not its sender's to send."""
+def _refusals(picture: Picture, who: str, counts: Mapping[str, int], ago: Mapping[str, float]) -> None:
+    """What a daemon did not take, in sentences: what was no message, and what was not its sender's to send.
+
+    In red for a while: of what has long ceased nobody has to be alarmed.
+    """
     unreadable = {reason: count for reason, count in counts.items() if reason in set(Reason)}
     refused = {reason: count for reason, count in counts.items() if reason in REFUSALS}
-    sentences = (
-        (unreadable, f"{who} dropped frames that were no message: {{}}"),
-        (refused, f"{who} refused: {{}}: its log names the peers"),
-    )
-    return [
-        sentence.format(", ".join(f"{count} {REFUSALS.get(reason, reason)}" for reason, count in sorted(found.items())))
-        for found, sentence in sentences
-        if found
-    ]
+    for found, sentence in (
+        (unreadable, "{} dropped frames that were no message, the last {} ago: {}"),
+        (refused, "{} refused, the last {} ago: {}: its log names the peers"),
+    ):
+        if found:
+            last = min(ago.get(reason, 0.0) for reason in found)
+            what = ", ".join(f"{count} {REFUSALS.get(reason, reason)}" for reason, count in sorted(found.items()))
+            (picture.notes if last < RECENT else picture.remarks).append(sentence.format(who, duration(last), what))
 
 
 def _daemon(picture: Picture, role: str, answer: CoordinatorStatus | LighthouseStatus | str) -> Row:
@@ -348,17 +413,21 @@ def data(coordinator: CoordinatorStatus | str, lighthouse: LighthouseStatus | st
         "code": picture.code,
         "problems": picture.problems,
         "notes": picture.notes,
+        "remarks": picture.remarks,
         "coordinator": None if isinstance(coordinator, str) else msgspec.to_builtins(coordinator),
         "lighthouse": None if isinstance(lighthouse, str) else msgspec.to_builtins(lighthouse),
+        "standalone": {job: data(one.coordinator, one.lighthouse, one.picture) for job, one in picture.alone.items()},
     }
 
 
 def draw(picture: Picture, *, verbose: bool = False) -> Group:
     """The picture for a terminal."""
-    parts: list[Table | Text] = [Text(plain(note), style="bold red") for note in picture.notes]
+    parts: list[Table | Text | Group] = [Text(plain(note), style="bold red") for note in picture.notes]
+    parts += [Text(plain(remark)) for remark in picture.remarks]
     hidden = () if verbose else (4, 5)
     names = ("daemon", "", "pid", "up for", "version", "epoch", "trouble")
-    parts.append(_table(names, picture.daemons, hidden))
+    if picture.daemons:
+        parts.append(_table(names, picture.daemons, hidden))
     if picture.nodes:
         parts.append(_table(("node", "slots", "last beat", "verdict"), picture.nodes))
     if picture.jobs:
@@ -380,6 +449,8 @@ def draw(picture: Picture, *, verbose: bool = False) -> Group:
             parts.append(_table(("replica", "last beat", "step", "", ""), replicas.rows))
         if replicas.more:
             parts.append(Text(f"  and {replicas.more} more", style="dim"))
+    for job, one in picture.alone.items():
+        parts += [Text(f"\nstandalone job {plain(job)}", style="bold"), draw(one.picture, verbose=verbose)]
     return Group(*parts)
 
 
@@ -418,8 +489,12 @@ def unclocked(value: Any) -> Any:
     return value
 
 
+def _lengths(picture: Picture) -> dict[str, int]:
+    """In place of sentences that say how long ago something was: when there is another one."""
+    return {name: len(getattr(picture, name)) for name in ("problems", "notes", "remarks")}
+
+
 def _watch(settings: Settings, console: Console, *, verbose: bool, as_json: bool) -> NoReturn:
-    open_to_all = exposed(settings)
     seen: Any = None
     live = None if as_json else Live(console=console, auto_refresh=False, vertical_overflow="crop")
     try:
@@ -428,12 +503,12 @@ def _watch(settings: Settings, console: Console, *, verbose: bool, as_json: bool
         while True:
             next_at = time.monotonic() + REDRAW_INTERVAL
             answers = ask(settings)
-            picture = assess(*answers, open_to_all)
+            picture = look(settings, *answers)
             if live is not None:
                 live.update(draw(picture, verbose=verbose), refresh=True)
             else:
                 now = data(*answers, picture)
-                if (stripped := unclocked({**now, "problems": len(picture.problems)})) != seen:
+                if (stripped := unclocked({**now, **_lengths(picture)})) != seen:
                     seen = stripped
                     click.echo(json.dumps(now))
             time.sleep(max(0.0, next_at - time.monotonic()))

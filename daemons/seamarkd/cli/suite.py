@@ -23,7 +23,8 @@ import psutil
 import seamarkd
 from seamark.protocol.authority import KeyRole
 from seamark.protocol.messages import CoordinatorStatus, JobStatus, StatusRequest, StopJob
-from seamarkd.cli.exit_codes import CONFIGURATION, FAILED
+from seamarkd.cli.exit_codes import CONFIGURATION, FAILED, UNREACHABLE
+from seamarkd.cli.greeting import Mechanism, mechanism
 from seamarkd.cli.operator import Operator, RefusedError, UnreachableError
 from seamarkd.cli.status import connectable
 from seamarkd.cli.supervisor import SOCKET, NotRunningError, Program, Supervisor
@@ -83,7 +84,19 @@ config_option = click.option("--config", type=click.Path(path_type=Path), help="
 @click.option("--insecure", is_flag=True, help="Accept addresses off loopback, in the clear and without keys.")
 @config_option
 def up(roles: tuple[str, ...], agents: int, insecure: bool, config: Path | None) -> int:
-    """Starts the daemons of this host and waits until they answer."""
+    """Starts the daemons of this host and waits until they answer.
+
+    \b
+    Exit codes:
+      0    they run
+      1    one does not come up; the end of its log follows
+      78   a setting, file or directory can't be used; what runs already has other keys
+
+    \b
+    Examples:
+      seamark up
+      seamark up --roles agent       on every host but the head
+    """
     return _reported(lambda: _up(roles, agents, insecure, config))
 
 
@@ -94,6 +107,15 @@ def up(roles: tuple[str, ...], agents: int, insecure: bool, config: Path | None)
 @config_option
 def down(keep_jobs: bool, config: Path | None) -> int:
     """Stops the daemons of this host. Where the coordinator runs it ends all jobs first.
+
+    If it can't be asked (other keys, no answer), nothing is stopped: --keep-jobs stops the daemons all the same.
+
+    \b
+    Exit codes:
+      0    the daemons are stopped, or none ran
+      1    a daemon does not end
+      2    the coordinator runs and does not answer
+      78   a setting, file or directory can't be used; the keys are not the suite's
 
     \b
     Examples:
@@ -205,6 +227,7 @@ def _up(roles: tuple[str, ...], agents: int, insecure: bool, config: Path | None
                 started = None
             else:
                 click.echo(f"already running: supervisord, pid {pid}")
+                _check_the_running(settings, roles)
                 started = _start_missing(supervisor, roles, agents)
             try:
                 programs = _wait_until_up(supervisor, roles, addresses)
@@ -235,6 +258,42 @@ def _check_keys(settings: Settings, roles: tuple[str, ...], agents: int) -> None
             problems += error.problems
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)))
+
+
+def _check_the_running(settings: Settings, roles: tuple[str, ...]) -> None:
+    """Whether the daemons that run already speak as this configuration says.
+
+    Raises:
+        SuiteError: one has keys and the configuration names none, or the other way about.
+    """
+    keys = settings.keys_directory is not None
+    for role in roles:
+        for address in map(connectable, _addresses(settings)[role]):
+            problem = unlike(role, address, keys, mechanism(address))
+            if problem:
+                raise SuiteError(problem, CONFIGURATION)
+
+
+def unlike(role: str, address: str, keys: bool, spoken: Mechanism) -> str:
+    """How a running daemon differs from the configuration, and what to do about it; empty if it doesn't.
+
+    Args:
+        role: the daemon's.
+        address: where it listens.
+        keys: whether the configuration names any.
+        spoken: what the daemon says; nothing is said of who says nothing.
+    """
+    if keys and spoken == "NULL":
+        return (
+            f"the running {role} at {address} has no keys, and security.keys names some: seamark down, then seamark up "
+            "(with seamark down --keep-jobs the jobs go on afterwards)"
+        )
+    if not keys and spoken == "CURVE":
+        return (
+            f"the running {role} at {address} has keys, and this configuration names none: set security.keys to the "
+            "directory that it was started with (--config, SEAMARK_SECURITY_KEYS)"
+        )
+    return ""
 
 
 def _environment(
@@ -347,8 +406,9 @@ def _failure(program: Program) -> str:
 def _down(settings: Settings, keep_jobs: bool) -> None:
     with _directories(settings) as run, Supervisor(run) as supervisor:
         try:
-            if not keep_jobs and any(program.group == "coordinator" for program in supervisor.programs()):
-                _end_jobs(settings)
+            coordinators = [program for program in supervisor.programs() if program.group == "coordinator"]
+            if not keep_jobs and coordinators:
+                _end_jobs(settings, coordinators[0])
             pid = _shut_down(supervisor)
         except NotRunningError:
             click.echo("nothing is running")
@@ -356,22 +416,44 @@ def _down(settings: Settings, keep_jobs: bool) -> None:
             click.echo(f"stopped: supervisord, pid {pid}, and its programs")
 
 
-def _end_jobs(settings: Settings) -> None:
-    """Every job that runs is stopped, and waited for; what can't be asked of its coordinator is left alone."""
+def _end_jobs(settings: Settings, coordinator: Program) -> None:
+    """Every job that runs is stopped, and waited for.
+
+    Raises:
+        SuiteError: the coordinator runs, and can't be asked: its jobs would lose their daemons, and go on.
+    """
     try:
-        with Operator(connectable(settings.coordinator.address), settings.key("operator")) as operator:
-            known = operator.ask(StatusRequest, CoordinatorStatus, ASK_TIMEOUT)
-            jobs = [job.job for job in known.jobs if job.state not in ENDED]
-            for job in jobs:
-                click.echo(f"stopping job {job}")
-                operator.ask(partial(StopJob, job=job, reason="seamark down"), JobStatus, ASK_TIMEOUT)
-            deadline = time.monotonic() + DOWN_TIMEOUT
-            while jobs and time.monotonic() < deadline:
-                time.sleep(POLL)
-                found = operator.ask(StatusRequest, CoordinatorStatus, ASK_TIMEOUT)
-                jobs = [job.job for job in found.jobs if job.state not in ENDED]
+        _stop_all(settings)
     except (UnreachableError, RefusedError, SettingsError) as error:
-        click.echo(f"{error}: its jobs are left as they are")
+        if coordinator.state != "RUNNING":
+            click.echo(f"{error}: its jobs are left as they are")
+            return
+        address = connectable(settings.coordinator.address)
+        keys = settings.keys_directory is not None
+        why = unlike("coordinator", address, keys, mechanism(address)) or str(error)
+        code = UNREACHABLE if why == str(error) and isinstance(error, UnreachableError) else CONFIGURATION
+        raise SuiteError(
+            f"{why}\nThe daemons were not stopped, for jobs may run that could not be ended: seamark down --keep-jobs "
+            "stops the daemons without ending them",
+            code,
+        ) from None
+
+
+def _stop_all(settings: Settings) -> None:
+    address = connectable(settings.coordinator.address)
+    # A suite that was started before the configuration named keys hears nobody who has one.
+    key = None if mechanism(address) == "NULL" else settings.key("operator")
+    with Operator(address, key) as operator:
+        known = operator.ask(StatusRequest, CoordinatorStatus, ASK_TIMEOUT)
+        jobs = [job.job for job in known.jobs if job.state not in ENDED]
+        for job in jobs:
+            click.echo(f"stopping job {job}")
+            operator.ask(partial(StopJob, job=job, reason="seamark down"), JobStatus, ASK_TIMEOUT)
+        deadline = time.monotonic() + DOWN_TIMEOUT
+        while jobs and time.monotonic() < deadline:
+            time.sleep(POLL)
+            found = operator.ask(StatusRequest, CoordinatorStatus, ASK_TIMEOUT)
+            jobs = [job.job for job in found.jobs if job.state not in ENDED]
 
 
 def _shut_down(supervisor: Supervisor) -> int:

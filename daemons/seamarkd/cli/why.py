@@ -31,9 +31,9 @@ from seamarkd.cli.status import connectable, plain
 from seamarkd.cli.timeline import Segment, segments, total
 from seamarkd.coordinator.books import reading
 from seamarkd.coordinator.job import first_line
-from seamarkd.paths import state_directory
+from seamarkd.paths import job_directory, state_directory
 from seamarkd.settings import Settings, load
-from seamarkd.standalone import ADDRESS_FILE
+from seamarkd.standalone import over, serving
 
 BAR_WIDTH = 24
 ASK_TIMEOUT = 2.0
@@ -141,12 +141,12 @@ def incidents_of(job: str, config: Path | None) -> list[Incident]:
 
 
 def _of(target: Target, config: Path | None) -> Story:
-    directory = state_directory() / "standalone" / target.job
+    directory = job_directory(target.job)
     if not (directory / "manifest.db").exists():
         return _of_the_suite(load(config, os.environ, {}), target)
-    address = directory / ADDRESS_FILE
-    running = _ask(address.read_text(), target) if address.exists() else None
-    return running or _read(directory / "manifest.db", target)
+    address = serving(directory)
+    running = _ask(address, target) if address else None
+    return running or _read(directory / "manifest.db", target, alone=True)
 
 
 def _narrow(story: Story, target: Target, number: int | None) -> None:
@@ -190,12 +190,13 @@ def _ask(address: str, target: Target, key: Key | None = None) -> Story | None:
     return Story(f"{status.state.lower()}: {status.sentence}", answer.incidents, about.decisions, about.now)
 
 
-def _read(manifest: Path, target: Target) -> Story:
-    """From the manifest that a coordinator left."""
+def _read(manifest: Path, target: Target, *, alone: bool = False) -> Story:
+    """From the manifest that a coordinator left; of a standalone job (``alone``) nobody goes on without it."""
     with reading(manifest) as books:
         record = books.job(target.job)
         if record is None:
             raise RefusedError(f"there is no job {target.job} in {manifest}")
+        record = over(record, time.monotonic()) if alone else record
         decisions = [
             one
             for one in books.decisions(target.job)
@@ -269,8 +270,8 @@ def _show_incident(console: Console, incident: Incident, *, every_rank: bool) ->
     for other in incident.consequences:
         console.print(f"   consequence: {who(other)}: {first_line(other.cause.text)}", markup=False, highlight=False)
     if incident.next_iteration < 0:
-        text = "   no restart in process followed: all workers were restarted, or this rank alone, or the job ended"
-        console.print(text, highlight=False)
+        for line in _restarts_alone(incident):
+            console.print(f"   {line}", markup=False, highlight=False)
         return
     console.print(
         f"   seen by {culprit.detector}; iteration {incident.iteration} → {incident.next_iteration}, "
@@ -280,6 +281,22 @@ def _show_incident(console: Console, incident: Incident, *, every_rank: bool) ->
     console.print(_picture(rows, whole))
     if every_rank:
         console.print(_ranks(incident))
+
+
+def _restarts_alone(incident: Incident) -> list[str]:
+    """What followed where no quorum was answered."""
+    lines = [
+        f"{who(failure)} was started anew alone: forked "
+        f"{max(0.0, incident.started[failure.member] - _began(failure)) * 1e3:.1f} ms after that, as seen by "
+        f"{failure.detector}"
+        for failure in incident.failures
+        if failure.member in incident.started
+    ]
+    return lines or ["no restart in process followed: all workers were restarted, or this rank alone, or the job ended"]
+
+
+def _began(failure: Failure) -> float:
+    return failure.occurred_at if failure.occurred_at >= 0 else failure.detected_at
 
 
 def _picture(rows: list[Segment], whole: float) -> Table:
@@ -307,8 +324,7 @@ def _picture(rows: list[Segment], whole: float) -> Table:
 
 
 def _ranks(incident: Incident) -> Table:
-    culprit = incident.failures[0]
-    start = culprit.occurred_at if culprit.occurred_at >= 0 else culprit.detected_at
+    start = _began(incident.failures[0])
     table = Table(box=None, padding=(0, 1, 0, 2), title="every rank, in ms", title_justify="left")
     for name in ("rank", "forked", "told", "aborted", "left", "joined", "answered", "group", "step"):
         table.add_column(name, justify="right")

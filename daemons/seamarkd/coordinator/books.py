@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from seamark.protocol.messages import Dataset, Incident, ShardAnswer, ShardDecision, ShardEntry
 from seamarkd.coordinator.incidents import KEPT
@@ -81,14 +82,17 @@ class Books:
         )
         return [Row(*values) for values in found.fetchall()]
 
-    def page(self, dataset: int, first: int, limit: int) -> list[ShardEntry]:
-        """Shards of a data set that were ever leased, from this one on."""
+    def page(self, dataset: int, first: int, limit: int, *, living: bool = True) -> list[ShardEntry]:
+        """Shards of a data set that were ever leased, from this one on; of a job that has ended none still is."""
         found = self._connection.execute(
             "SELECT shard, state, lease_id, member, node, digest, account FROM shards "
             "WHERE dataset = ? AND shard >= ? ORDER BY shard LIMIT ?",
             (dataset, first, limit),
         )
-        return [_entry(*values) for values in found.fetchall()]
+        entries = [_entry(*values) for values in found.fetchall()]
+        if living:
+            return entries
+        return [replace(one, state="PENDING") if one.state == "LEASED" else one for one in entries]
 
     def _replies(self, job: str) -> list[Reply]:
         rows = self._connection.execute("SELECT consumer, request, answer FROM replies WHERE job = ?", (job,))

@@ -130,33 +130,42 @@ def job_patterns(registered: Iterable[tuple[str, str]]) -> tuple[Pattern, ...]:
         registered: (regular expression, kind).
 
     Raises:
-        ValueError: one can't be used; the sentence names it and says what to write.
+        ValueError: a line for each mistake, with the number of its pattern (from 0), that says what to write.
     """
     registered = list(registered)
     if len(registered) > MAX_PATTERNS:
         raise ValueError(f"a job may have {MAX_PATTERNS} failure patterns, not {len(registered)}: join some with |")
-    return tuple(_pattern(regex, kind) for regex, kind in registered) + DEFAULT_PATTERNS
+    patterns: list[Pattern] = []
+    problems: list[str] = []
+    for number, (regex, kind) in enumerate(registered):
+        at = f"failure_patterns[{number}]"
+        if not is_kind(kind):
+            problems.append(f"{at}.kind: {kind[:SHOWN]!r} is no kind of failure; there are {', '.join(KINDS)}")
+        try:
+            patterns.append(Pattern(_compiled(regex), kind))  # type: ignore[arg-type]
+        except ValueError as error:
+            problems.append(f"{at}.regex: {regex[:SHOWN]!r} {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return (*patterns, *DEFAULT_PATTERNS)
 
 
-def _pattern(regex: str, kind: str) -> Pattern:
-    shown = f"failure pattern {regex[:SHOWN]!r}"
-    if not is_kind(kind):
-        raise ValueError(f"{shown}: {kind[:SHOWN]!r} is no kind of failure; there are {', '.join(KINDS)}")
+def _compiled(regex: str) -> re.Pattern[str]:
     if len(regex) > MAX_REGEX:
-        raise ValueError(f"{shown}...: has {len(regex)} characters; {MAX_REGEX} are allowed")
+        raise ValueError(f"... has {len(regex)} characters; {MAX_REGEX} are allowed")
     try:
         compiled = re.compile(regex)
         tree = _parser.parse(regex)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{shown}: is no regular expression: {error}") from error
+        raise ValueError(f"is no regular expression: {error}") from error
     if compiled.search(""):
-        raise ValueError(f"{shown}: is found in an empty line, and so in every text; write what has to be there")
+        raise ValueError("is found in an empty line, and so in every text; write what has to be there")
     if _ways(tree) > MAX_WAYS:
         raise ValueError(
-            f"{shown}: there are so many ways through its repeats and alternatives that a search could take for ever; "
+            "has so many ways through its repeats and alternatives that a search could take for ever; "
             "write fewer of them, with limits such as [0-9]{1,9}, and none within a repeat"
         )
-    return Pattern(compiled, kind)
+    return compiled
 
 
 _parser: Any = importlib.import_module("re._parser")

@@ -6,6 +6,8 @@ say when each worker was told, had aborted, was in again. Pure; every time is co
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec.structs import replace
 
 from seamark.protocol.messages import (
@@ -21,7 +23,7 @@ from seamarkd.exits import exit_cause
 
 KEPT = 1_000
 """Incidents kept per job; older ones are dropped from memory, their number stays."""
-LOOKED_BACK = 8
+LOOKED_BACK = 64
 """Incidents that a late report may still belong to."""
 
 
@@ -30,8 +32,10 @@ class IncidentLog:
 
     def __init__(self, incidents: list[Incident] | None = None) -> None:
         self.incidents = incidents or []
-        self._open = bool(self.incidents) and self.incidents[-1].next_iteration < 0
+        self._open = bool(self.incidents) and _is_open(self.incidents[-1])
         self._exits: dict[str, WorkerExited] = {}
+        self._starts: dict[str, WorkerStarted] = {}
+        """By the incarnation that was replaced."""
         self._changed: set[int] = set()
 
     def take_changed(self) -> tuple[Incident, ...]:
@@ -45,17 +49,24 @@ class IncidentLog:
         """How many there were."""
         return self.incidents[-1].number if self.incidents else 0
 
-    def failed(self, event: FailureEvent) -> None:
-        """A failure was published: it opens an incident or belongs to the open one."""
+    def failed(self, event: FailureEvent, *, alone: bool = False) -> None:
+        """A failure was published: it opens an incident or belongs to the open one.
+
+        Args:
+            event: the failure.
+            alone: nobody restarts with who failed, so that no quorum will close it: it is an incident of its own.
+        """
         failure = self._with_exit(event.failure)
         if self._has(failure):
             return
-        if self._open:
+        replacement = self._starts.get(failure.incarnation)
+        started = {failure.member: replacement.forked_at} if replacement else {}
+        if self._continues(failure) if alone else self._open:
             incident = self.incidents[-1]
             failures = sorted([*incident.failures, failure], key=_precedence)
-            self._change(-1, replace(incident, failures=failures))
+            self._change(-1, replace(incident, failures=failures, started=incident.started | started))
             return
-        self._open = True
+        self._open = not alone
         self._changed.add(self.count + 1)
         exited = self._exits.get(failure.incarnation)
         self.incidents.append(
@@ -69,8 +80,9 @@ class IncidentLog:
                 quorum_at=-1.0,
                 members=[],
                 stamps={},
-                started={},
+                started=started,
                 log_tail=exited.log_tail if exited else [],
+                closed=alone,
             )
         )
         del self.incidents[:-KEPT]
@@ -92,14 +104,15 @@ class IncidentLog:
 
     def restarted(self) -> None:
         """All workers are started anew: that ends the open incident where nobody asks for a quorum."""
-        self._open = False
+        if self._open:
+            self._open = False
+            self._change(-1, replace(self.incidents[-1], closed=True))
 
     def exited(self, report: WorkerExited) -> None:
         """How a process ended: the cause of its loss, which was published before this was known."""
         self._exits[report.incarnation] = report
-        while len(self._exits) > KEPT:
-            del self._exits[next(iter(self._exits))]
-        for position in range(len(self.incidents) - 1, max(-1, len(self.incidents) - 1 - LOOKED_BACK), -1):
+        _bound(self._exits)
+        for position in self._latest():
             incident = self.incidents[position]
             if any(failure.incarnation == report.incarnation for failure in incident.failures):
                 failures = sorted(map(self._with_exit, incident.failures), key=_precedence)
@@ -108,11 +121,17 @@ class IncidentLog:
                 self._change(position, replace(incident, failures=failures, log_tail=tail))
 
     def started(self, report: WorkerStarted) -> None:
-        """A replacement was forked."""
-        if report.replaces and self.incidents:
-            incident = self.incidents[-1]
-            started = {**incident.started, report.member: report.forked_at}
-            self._change(-1, replace(incident, started=started))
+        """A replacement was forked; the failure of whom it replaces may have been heard before it, or is yet to be."""
+        if not report.replaces:
+            return
+        self._starts[report.replaces] = report
+        _bound(self._starts)
+        for position in self._latest():
+            incident = self.incidents[position]
+            if any(failure.incarnation == report.replaces for failure in incident.failures):
+                started = {**incident.started, report.member: report.forked_at}
+                self._change(position, replace(incident, started=started))
+                return
 
     def timeline(self, report: Timeline) -> bool:
         """What a worker saw; True if it belongs to a known incident."""
@@ -123,6 +142,17 @@ class IncidentLog:
                 self._change(position, replace(incident, stamps=stamps))
                 return True
         return False
+
+    def _latest(self) -> range:
+        """Where the incidents are that a late report may belong to, the last one first."""
+        last = len(self.incidents) - 1
+        return range(last, max(-1, last - LOOKED_BACK), -1)
+
+    def _continues(self, failure: Failure) -> bool:
+        """Of ranks that are lost with their node: whether it is the node of the last incident, and another rank."""
+        known = self.incidents[-1].failures if self.incidents else []
+        same = any(one.cause.kind == failure.cause.kind == "node" and one.node == failure.node for one in known)
+        return same and all(one.member != failure.member for one in known)
 
     def _has(self, failure: Failure) -> bool:
         """True for an event heard again: in a snapshot, or after a restart of either side.
@@ -146,6 +176,15 @@ class IncidentLog:
             # Who was ended for a reason of ours died of that, and not of the signal.
             return failure
         return replace(failure, cause=exit_cause(report.status))
+
+
+def _is_open(incident: Incident) -> bool:
+    return incident.next_iteration < 0 and not incident.closed
+
+
+def _bound(reports: dict[str, Any]) -> None:
+    while len(reports) > KEPT:
+        del reports[next(iter(reports))]
 
 
 def _precedence(failure: Failure) -> tuple[int, float]:

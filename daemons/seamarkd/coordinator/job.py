@@ -7,6 +7,7 @@ from typing import Any, Literal
 from msgspec import Struct, field
 
 from seamark.protocol.messages import (
+    DatasetStatus,
     Incident,
     JobSpec,
     JobStatus,
@@ -67,6 +68,7 @@ class JobRecord(Struct, frozen=True):
     failed: list[str] = []
     left: list[str] = []
     heard: tuple[int, int] = (0, 0)
+    datasets: list[DatasetStatus] = []
 
 
 class Process(Struct):
@@ -140,6 +142,8 @@ class Job(Struct):
     followers: dict[bytes, float] = field(default_factory=dict)
     ended_at: float = -1.0
     shards: JobShards | None = None
+    datasets: list[DatasetStatus] = field(default_factory=list)
+    """How far each data set was when the job ended."""
 
 
 def record(job: Job) -> JobRecord:
@@ -186,8 +190,13 @@ def status(job: Job, now: float, request: int = 0) -> JobStatus:
         log_tail=job.log_tail if job.state in ENDED else [],
         incidents=job.incidents.count,
         running_for=max(0.0, until - job.submitted_at),
-        datasets=job.shards.status() if job.shards is not None else [],
+        datasets=job.datasets if job.state in ENDED else reached(job),
     )
+
+
+def reached(job: Job) -> list[DatasetStatus]:
+    """How far each of its data sets is."""
+    return job.shards.status() if job.shards is not None else []
 
 
 def members(job: Job) -> list[MemberStatus]:
@@ -244,6 +253,16 @@ def unwrapped(job: Job) -> str:
     return (
         "no rank reached seamark.Wrapper, and only a wrapped function can be restarted in process: every failure "
         "restarts all ranks; wrap the training function, or ask for just that with --restart-policy any-failed"
+    )
+
+
+def forgotten(earlier: Job | None) -> str:
+    """What a job takes from the run that had its name before it, for people."""
+    if earlier is None:
+        return ""
+    return (
+        f"the run that had this name before ({earlier.state.lower()}) is forgotten, with its incidents and the books "
+        "of its shards: this one begins with nothing done; another --name keeps them"
     )
 
 

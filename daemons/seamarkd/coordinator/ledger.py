@@ -111,7 +111,8 @@ class Ledger:
         self._lease_ids = array("q", bytes(8 * spec.total))
         self._counts = [spec.total, 0, 0, 0, 0]
         self._fresh = 0
-        self._ready: list[int] = []
+        self._ready: dict[str, list[int]] = {"": []}
+        """Heaps of shards that may be leased again, by the member whose they are alone; empty: anybody's."""
         self._later: list[tuple[float, int]] = []
         self._accounts: dict[int, Account] = {}
         self._leases: dict[int, Lease] = {}
@@ -226,32 +227,43 @@ class Ledger:
 
     def _take(self, now: float, holder: Holder, nodes: Callable[[], frozenset[str]]) -> int | None:
         self.ripen(now)
+        heaps = [heap for member in dict.fromkeys(("", holder.member)) if (heap := self._ready.get(member))]
+        for heap in sorted(heaps, key=lambda one: one[0]):
+            shard = self._first_suiting(heap, holder, nodes)
+            if shard is not None:
+                return shard
+        if self._fresh == self.spec.total:
+            return None
+        self._fresh += 1
+        return self._fresh - 1
+
+    def _first_suiting(self, heap: list[int], holder: Holder, nodes: Callable[[], frozenset[str]]) -> int | None:
         passed: list[int] = []
         found: int | None = None
-        while self._ready and found is None:
-            shard = heapq.heappop(self._ready)
+        while heap and found is None:
+            shard = heapq.heappop(heap)
             if self._suits(shard, holder, nodes):
                 found = shard
             else:
                 passed.append(shard)
         for shard in passed:
-            heapq.heappush(self._ready, shard)
-        if found is None and self._fresh < self.spec.total:
-            found = self._fresh
-            self._fresh += 1
+            heapq.heappush(heap, shard)
         return found
 
     def _suits(self, shard: int, holder: Holder, nodes: Callable[[], frozenset[str]]) -> bool:
-        account = self.account(shard)
-        if self._sticky and account.member:
-            # Wherever that one is: no other may do it.
-            return account.member == holder.member
-        return holder.node not in account.excluded or nodes().issubset(account.excluded)
+        # Who alone may do it does so wherever that one is.
+        excluded = () if self._owner(shard) else self.account(shard).excluded
+        return holder.node not in excluded or nodes().issubset(excluded)
+
+    def _owner(self, shard: int) -> str:
+        """The member whose it is alone; empty: anybody's."""
+        return self.account(shard).member if self._sticky else ""
 
     def ripen(self, now: float) -> None:
         """Shards whose back-off is over may be leased."""
         while self._later and self._later[0][0] <= now:
-            heapq.heappush(self._ready, heapq.heappop(self._later)[1])
+            shard = heapq.heappop(self._later)[1]
+            heapq.heappush(self._ready.setdefault(self._owner(shard), []), shard)
 
     def due(self) -> float | None:
         """When the next shard that waits out a back-off may be leased; None if none waits."""

@@ -151,7 +151,7 @@ class Liveness:
         failure = event.failure
         if failure.iteration >= 0 or job.iteration < 0:
             # Else it was lost before it entered the session, which goes on.
-            job.incidents.failed(event)
+            job.incidents.failed(event, alone=job.spec.independent and not job.wrapped)
         given = (
             self._dispatch.faulted(now, job, failure.incarnation, failure.cause) if failure.kind == "faulted" else []
         )

@@ -123,7 +123,7 @@ class Losses:
         if job.budget.spend(now):
             job.process_restarts += 1
             job.sentence = f"{why}; all workers are restarted"
-            job.notice = unwrapped(job)
+            job.notice = unwrapped(job) or job.notice
             return self._stops.restart(now, job)
         tried = (
             f"the {job.spec.max_restarts} restarts of --max-restarts are used up"

@@ -17,3 +17,5 @@ class Node(Struct):
     """Why it gets no workers but those that replace one in its place."""
     refused: dict[str, int] = field(default_factory=dict)
     """What its agent refused its workers, by reason."""
+    refused_at: dict[str, float] = field(default_factory=dict)
+    """When each of them rose last."""

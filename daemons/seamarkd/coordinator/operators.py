@@ -21,7 +21,7 @@ from seamarkd.coordinator.budget import RestartBudget
 from seamarkd.coordinator.cluster import SUSPENDED, Cluster
 from seamarkd.coordinator.dispatch import unusable
 from seamarkd.coordinator.effects import Effect, Forget, persist
-from seamarkd.coordinator.job import ENDED, Job, members, status
+from seamarkd.coordinator.job import ENDED, Job, forgotten, members, status
 from seamarkd.coordinator.placement import larger_than, refusal
 from seamarkd.coordinator.starts import Starts
 from seamarkd.coordinator.stops import Stops
@@ -63,6 +63,7 @@ class Operators:
         job = cluster.jobs[spec.name] = Job(spec, RestartBudget(spec.max_restarts), now, request.submission)
         # What an earlier job of this name has left on nodes that are away is ended when they come back.
         job.left = set(known.left) if known is not None else set()
+        job.notice = forgotten(known)
         job.followers[route] = now + FOLLOW_FOR
         durable: list[Effect] = [*self._forget_oldest(), persist(job, fresh=True)]
         return [*durable, Send(route, status(job, now, request.request)), *self._starts.place(now, job)]
@@ -104,7 +105,15 @@ class Operators:
             uptime=0.0,
             trouble=cluster.trouble,
             nodes=[
-                NodeStatus(name, node.slots, used.get(name, 0), node.draining, node.refused, node.unhealthy)
+                NodeStatus(
+                    name,
+                    node.slots,
+                    used.get(name, 0),
+                    node.draining,
+                    node.refused,
+                    node.unhealthy,
+                    {reason: max(0.0, now - at) for reason, at in node.refused_at.items()},
+                )
                 for name, node in sorted(cluster.nodes.items())
             ],
             # Who wants to know how a job's log ended asks for that job: of a thousand they fit into no message.

@@ -124,6 +124,8 @@ class Sessions:
 
     def refusals(self, now: float, route: bytes, report: NodeRefusals) -> list[Effect]:
         """What an agent has refused its workers."""
-        if report.node in self._cluster.nodes:
-            self._cluster.nodes[report.node].refused = report.refused
+        node = self._cluster.nodes.get(report.node)
+        if node is not None:
+            node.refused = report.refused
+            node.refused_at = {reason: now - ago for reason, ago in report.ago.items()}
         return []

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
@@ -49,6 +49,7 @@ from seamarkd.errors import ManifestError
 from seamarkd.gate import Gate
 from seamarkd.rhythm import next_beat
 from seamarkd.software import software
+from seamarkd.tally import Tally, ages, counts
 
 log = logging.getLogger(__name__)
 
@@ -162,8 +163,8 @@ class CoordinatorShell:
         assert self._gate is not None
         return self._gate.refusal(user, message, self.core.foreign)
 
-    def _at_the_gate(self) -> Counter[str]:
-        return self._gate.refused if self._gate else Counter()
+    def _tallies(self) -> list[Tally]:
+        return [self._requests.dropped, self._requests.refused, *([self._gate.refused] if self._gate else [])]
 
     def _on_message(self, route: bytes, message: Message) -> None:
         if isinstance(message, StatusRequest):
@@ -173,7 +174,8 @@ class CoordinatorShell:
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
                 commits=self._commits,
-                dropped=dict(self._requests.dropped + self._requests.refused + self._at_the_gate()),
+                dropped=counts(self._tallies()),
+                dropped_ago=ages(time.monotonic(), self._tallies()),
             )
             self._requests.send(status, route)
             return
@@ -235,7 +237,9 @@ class CoordinatorShell:
             why = f"job {request.job} has no data set {request.dataset}; it has: {known}"
             return Refused(request.request, "UNKNOWN_JOB", why, request.job, "", request.consumer)
         number, spec = found[request.dataset]
-        entries = self._manifest.page(number, request.first, request.limit)
+        job = self._manifest.job(request.job)
+        living = job is not None and job.state not in ENDED
+        entries = self._manifest.page(number, request.first, request.limit, living=living)
         following = entries[-1].shard + 1 if len(entries) == request.limit else -1
         return ShardsPage(request.request, request.job, request.consumer, spec, entries, following)
 

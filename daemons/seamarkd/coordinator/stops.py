@@ -6,10 +6,12 @@ or waits. Room that it leaves is given to the jobs that want it.
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from seamark.protocol.messages import JobEnded, StopWorkers, StoreAddress, WorkerExited, WorkersStopped
 from seamarkd.coordinator.cluster import NODE_SILENT, STOP_GRACE, SUSPENDED, UNHEARD, Cluster
 from seamarkd.coordinator.effects import Effect, ToLighthouse, persist
-from seamarkd.coordinator.job import ENDED, Job, State, standing, success
+from seamarkd.coordinator.job import ENDED, Job, State, reached, standing, success
 from seamarkd.coordinator.policy import decide
 from seamarkd.coordinator.starts import Starts
 from seamarkd.exits import ABORT_EXIT_CODE, PREEMPTION_GRACE
@@ -108,6 +110,8 @@ class Stops:
         if job.state == "STOPPING":
             job.state = job.outcome
             job.sentence = job.result
+            # Nobody has a lease of it any more, whether its end was heard or not.
+            job.datasets = [replace(one, leased=0) for one in reached(job)]
             ended = ToLighthouse(JobEnded(job.spec.name, job.submission))
             return [persist(job), ended, *self._cluster.tell(job), *self.use_room(now)]
         job.incidents.restarted()

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
@@ -24,6 +23,7 @@ from seamarkd.lighthouse.nodes import AGENT_GRACE, BEAT_INTERVAL, NodeWatch, Pro
 from seamarkd.lighthouse.replicas import ReplicaOptions
 from seamarkd.rhythm import next_beat
 from seamarkd.software import software
+from seamarkd.tally import Tally, ages, counts
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +133,8 @@ class LighthouseShell:
         assert self._gate is not None
         return self._gate.refusal(user, message, self.core.foreign)
 
-    def _at_the_gate(self) -> Counter[str]:
-        return self._gate.refused if self._gate else Counter()
+    def _tallies(self) -> list[Tally]:
+        return [self._requests.dropped, self._requests.refused, *([self._gate.refused] if self._gate else [])]
 
     def _on_message(self, route: bytes, message: Message) -> None:
         if isinstance(message, StatusRequest):
@@ -143,7 +143,8 @@ class LighthouseShell:
                 software=software(),
                 pid=os.getpid(),
                 uptime=time.monotonic() - self._since,
-                dropped=dict(self._requests.dropped + self._requests.refused + self._at_the_gate()),
+                dropped=counts(self._tallies()),
+                dropped_ago=ages(time.monotonic(), self._tallies()),
                 lateness=max(self._lateness),
                 wall_clock=time.time(),
             )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from seamark.protocol.messages.base import Count, Message, Name, Short
+from seamark.protocol.messages.base import Count, Duration, Message, Name, Short
 
 ANSWER_EVERY = 10
 """The lighthouse answers one of so many beats of a known node, and all of a stranger's: an answer costs what three
@@ -81,3 +81,5 @@ class NodeRefusals(Message, frozen=True):
     direction = "agent -> coordinator"
     node: Name
     refused: Annotated[dict[Short, Count], Meta(max_length=20)]
+    ago: Annotated[dict[Short, Duration], Meta(max_length=20)] = {}
+    """Seconds since each of them rose last."""

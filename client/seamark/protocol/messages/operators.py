@@ -98,6 +98,8 @@ class Incident(Part, frozen=True):
     started: dict[str, float]
     """When the keeper forked the replacement of a member."""
     log_tail: list[str]
+    closed: bool = False
+    """What fails from now on is another incident's, although no quorum has answered this one."""
 
 
 class Incidents(Message, frozen=True):
@@ -129,6 +131,8 @@ class NodeStatus(Part, frozen=True):
     refused: dict[str, int] = {}
     """Messages that its agent refused its workers, by reason."""
     unhealthy: Short = ""
+    refused_ago: dict[str, float] = {}
+    """Seconds since each of them rose last."""
 
 
 class MemberStatus(Part, frozen=True):
@@ -160,6 +164,8 @@ class CoordinatorStatus(Message, frozen=True):
     """Transactions of the manifest since the start."""
     dropped: dict[str, int] = {}
     """Connections and messages that were refused, and frames that were no message, by reason."""
+    dropped_ago: dict[str, float] = {}
+    """Seconds since each of them rose last."""
 
 
 class NodeHealth(Part, frozen=True):
@@ -193,6 +199,8 @@ class LighthouseStatus(Message, frozen=True):
     """How late its loop came to its own timer at worst, in the last ten seconds or more."""
     wall_clock: Moment
     """Seconds since the epoch, when this was answered: whether hosts' clocks agree (``seamark doctor``)."""
+    dropped_ago: dict[str, float] = {}
+    """Seconds since each of ``dropped`` rose last."""
 
 
 class InjectFailure(Message, frozen=True):

@@ -158,8 +158,8 @@ class ReportFailure(Message, frozen=True):
 class ShardAnswer(Message, frozen=True):
     """The answer to every request of a consumer; durable before it is sent.
 
-    ``kind``: opened; leased (``lease``); recorded; stale (the lease is another's by now: what was done under it counts
-    for nothing); wait (shards are in flight and may come back: the lease is pushed as soon as there is one); done
+    ``kind``: opened; leased (``lease``); recorded; stale (the lease has ended: what was done under it counts for
+    nothing); wait (shards are in flight and may come back: the lease is pushed as soon as there is one); done
     (every shard is terminal); drain (this host goes away: no more for it); refused (``reason`` says why).
     """
 

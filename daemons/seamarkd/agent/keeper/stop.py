@@ -76,9 +76,9 @@ class Stop:
             if pid not in left.stores | self.asked and group not in self.asked_groups:
                 self.asked.add(pid)
                 found.append(Signal(pid, SIGTERM))
-        # The last checkpoints may need the store: it goes when nobody else is left.
+        # The last checkpoints may need the store: it goes when nobody else is left, and heeds nothing less.
         if self.final and not left.pids(stores=False):
-            found += self.ask(left.stores - self.asked_groups)
+            found += [Signal(pid, SIGKILL, group=True) for pid in left.stores]
         return found
 
     def ask(self, groups: Iterable[int]) -> list[Signal]:

@@ -27,6 +27,8 @@ class Store:
         return [sys.executable, "-m", "torch.distributed.TCPStore", self.host, str(self.port)]
 
     def run(self, serving: Callable[[], None] = lambda: None) -> None:
+        # Slurm sends it to every process of a job: ranks that save then, and who waits for them, need their store.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         look_up_hosts_in_files()
         distributed = importlib.import_module("torch.distributed")
         # The server brings a client of its own, which must have an address to go to.
