@@ -423,27 +423,29 @@ def _end_jobs(settings: Settings, coordinator: Program) -> None:
         SuiteError: the coordinator runs, and can't be asked: its jobs would lose their daemons, and go on.
     """
     try:
-        _stop_all(settings)
+        _stop_all(_begun_with(coordinator) or settings)
     except (UnreachableError, RefusedError, SettingsError) as error:
         if coordinator.state != "RUNNING":
             click.echo(f"{error}: its jobs are left as they are")
             return
-        address = connectable(settings.coordinator.address)
-        keys = settings.keys_directory is not None
-        why = unlike("coordinator", address, keys, mechanism(address)) or str(error)
-        code = UNREACHABLE if why == str(error) and isinstance(error, UnreachableError) else CONFIGURATION
+        code = UNREACHABLE if isinstance(error, UnreachableError) else CONFIGURATION
         raise SuiteError(
-            f"{why}\nThe daemons were not stopped, for jobs may run that could not be ended: seamark down --keep-jobs "
-            "stops the daemons without ending them",
+            f"{error}\nThe daemons were not stopped, for jobs may run that could not be ended: "
+            "seamark down --keep-jobs stops the daemons without ending them",
             code,
         ) from None
 
 
+def _begun_with(program: Program) -> Settings | None:
+    """The settings that a daemon was started with, by ``cluster-up.sh`` perhaps, or before the file was changed."""
+    try:
+        return load(None, psutil.Process(program.pid).environ(), {})
+    except (psutil.Error, SettingsError):
+        return None
+
+
 def _stop_all(settings: Settings) -> None:
-    address = connectable(settings.coordinator.address)
-    # A suite that was started before the configuration named keys hears nobody who has one.
-    key = None if mechanism(address) == "NULL" else settings.key("operator")
-    with Operator(address, key) as operator:
+    with Operator(connectable(settings.coordinator.address), settings.key("operator")) as operator:
         known = operator.ask(StatusRequest, CoordinatorStatus, ASK_TIMEOUT)
         jobs = [job.job for job in known.jobs if job.state not in ENDED]
         for job in jobs:
