@@ -33,6 +33,10 @@ class StaleMemberError(RestartError):
     """This process has been replaced, or its job has ended: it must end."""
 
 
+class AgentConnectionError(RestartError):
+    """The thread by which this process hears of failures has failed; the sentence says of what. It must end."""
+
+
 class RestartAbort(SystemExit):
     """Raised by the training function to end the whole job: every process exits with code 130, none is restarted.
 

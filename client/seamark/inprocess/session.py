@@ -3,6 +3,7 @@
 The monitor thread owns the socket. The main thread hands it messages and waits for answers; failure events go to
 a callback on the monitor thread, because the main thread may be blocked in a collective when they come. Requests
 are repeated until they are answered, so an agent or a lighthouse that is restarted costs a moment and no request.
+A monitor thread that fails ends the call: without it nobody here would hear of a failure, or get an answer.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import zmq
 
 from seamark.environment import WorkerEnvironment
-from seamark.inprocess.exceptions import RestartAbort, StaleMemberError
+from seamark.inprocess.exceptions import AgentConnectionError, RestartAbort, StaleMemberError
 from seamark.protocol.codec import ProtocolError, decode, encode
 from seamark.protocol.messages import (
     RANKS,
@@ -49,6 +51,8 @@ log = logging.getLogger(__name__)
 
 REPEAT_INTERVAL = 1.0
 """Seconds after which an unanswered request is sent again."""
+INTERRUPT_INTERVAL = 0.1
+"""Seconds between two attempts to free the main thread, once the monitor thread has failed."""
 FLUSH_TIMEOUT = 2.0
 
 EVERY_ITERATION = 2**53
@@ -74,6 +78,7 @@ class Session:
         environment: who this worker is.
         on_failure: called on the monitor thread with the iteration that a published failure ends, again and again
             until it returns True: the main thread has left the function.
+            Once this thread has failed, with an iteration beyond all (``EVERY_ITERATION``).
         on_turn: called on the monitor thread at the least every ``turn`` seconds.
         turn: seconds; each wakes this thread beside the training, which has nothing else to do there.
     """
@@ -92,12 +97,16 @@ class Session:
         self._turn = turn
         self._outgoing: deque[Message] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self._awake = True
+        # Reentrant: a signal handler of the script may change the shared state, too.
+        self._waking = threading.RLock()
+        self._answers: queue.SimpleQueue[Answer | AgentConnectionError] = queue.SimpleQueue()
         self._pending: Join | Complete | None = None
         self._closing = False
         self._ended_iteration: int | None = None
         self.aborted: str | None = None
         """Why somebody ended the whole job; None while nobody has."""
+        self._broken: AgentConnectionError | None = None
         self._address = check_address(environment.address)
         self._thread = threading.Thread(target=self._serve, name="seamark-monitor", daemon=True)
         self._thread.start()
@@ -117,6 +126,7 @@ class Session:
         Raises:
             StaleMemberError: this process has been replaced.
             RestartAbort: somebody ended the job.
+            AgentConnectionError: the monitor thread has failed.
         """
         while True:
             last = _process.last
@@ -148,6 +158,8 @@ class Session:
 
         Raises:
             StaleMemberError: this process has been replaced.
+            RestartAbort: somebody ended the job.
+            AgentConnectionError: the monitor thread has failed.
         """
         answer = self._ask(
             Complete(
@@ -185,25 +197,39 @@ class Session:
         self._post(AbortJob(self._who.job, self._who.member, self._who.incarnation, reason or "RestartAbort"))
 
     def close(self) -> None:
-        """Sends what is left and ends the thread; its socket and descriptors are closed when this returns."""
+        """Sends what is left and ends the thread; its socket and descriptors are closed when this returns.
+
+        What is posted afterwards, by a thread that the function has left behind, is dropped.
+        """
         self._closing = True
         self._notify()
         self._thread.join()
-        os.close(self._wake)
+        with self._waking:
+            self._awake = False
+            os.close(self._wake)
 
-    def check_aborted(self) -> None:
-        """Raises RestartAbort if somebody ended the whole job."""
+    def check(self) -> None:
+        """Whether this call can go on.
+
+        Raises:
+            RestartAbort: somebody ended the whole job.
+            AgentConnectionError: the monitor thread has failed.
+        """
         if self.aborted is not None:
             raise RestartAbort(self.aborted)
+        if self._broken is not None:
+            raise self._broken
 
     def _ask(self, request: Join | Complete) -> Answer:
         self._pending = request
-        self.check_aborted()
+        self.check()
         self._post(request)
         answer = self._answers.get()
         if isinstance(answer, Refused):
             raise StaleMemberError(answer.reason)
-        self.check_aborted()
+        self.check()
+        if isinstance(answer, AgentConnectionError):
+            raise answer
         return answer
 
     def _post(self, message: Message) -> None:
@@ -211,40 +237,72 @@ class Session:
         self._notify()
 
     def _notify(self) -> None:
-        os.eventfd_write(self._wake, 1)
+        with self._waking:
+            # Once it is closed, its number may be another file's.
+            if self._awake:
+                os.eventfd_write(self._wake, 1)
 
     # --- monitor thread ------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        socket = make_socket(context, zmq.DEALER, identity=self._who.incarnation.encode())
         try:
-            socket.connect(self._address)
-            self._send(socket, self._hello())
-            poller = zmq.Poller()
-            poller.register(socket, zmq.POLLIN)
-            poller.register(self._wake, zmq.POLLIN)
-            repeat_at = time.monotonic() + REPEAT_INTERVAL
-            while not (self._closing and not self._outgoing):
-                woken = poller.poll(self._pause_ms(repeat_at))
-                self._on_turn()
-                if woken:
-                    self._drain_wake()
-                    while self._outgoing:
-                        self._send(socket, self._outgoing.popleft())
-                        repeat_at = time.monotonic() + REPEAT_INTERVAL
-                    self._receive(socket)
-                if self._ended_iteration is not None and self._on_failure(self._ended_iteration):
-                    self._ended_iteration = None
-                pending = self._pending
-                if pending is not None and time.monotonic() >= repeat_at:
-                    repeat_at = time.monotonic() + REPEAT_INTERVAL
-                    self._send(socket, self._hello())
-                    self._send(socket, pending)
+            self._connect()
+        except Exception as error:
+            self._fail(error)
+
+    def _connect(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            socket = make_socket(context, zmq.DEALER, identity=self._who.incarnation.encode())
+            try:
+                socket.connect(self._address)
+                self._talk(socket)
+            finally:
+                socket.setsockopt(zmq.LINGER, int(FLUSH_TIMEOUT * 1_000))
+                socket.close()
         finally:
-            socket.setsockopt(zmq.LINGER, int(FLUSH_TIMEOUT * 1_000))
-            socket.close()
-            context.term()
+            context.destroy(linger=0)
+
+    def _talk(self, socket: zmq.Socket[bytes]) -> None:
+        self._send(socket, self._hello())
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        repeat_at = time.monotonic() + REPEAT_INTERVAL
+        while not (self._closing and not self._outgoing):
+            woken = poller.poll(self._pause_ms(repeat_at))
+            self._on_turn()
+            if woken:
+                self._drain_wake()
+                while self._outgoing:
+                    self._send(socket, self._outgoing.popleft())
+                    repeat_at = time.monotonic() + REPEAT_INTERVAL
+                self._receive(socket)
+            if self._ended_iteration is not None and self._on_failure(self._ended_iteration):
+                self._ended_iteration = None
+            pending = self._pending
+            if pending is not None and time.monotonic() >= repeat_at:
+                repeat_at = time.monotonic() + REPEAT_INTERVAL
+                self._send(socket, self._hello())
+                self._send(socket, pending)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the call, wherever the main thread is: it waits for an answer, runs the function, or comes later."""
+        broken = AgentConnectionError(
+            "the thread that talks to this node's agent has failed, and without it this rank would hear of no failure: "
+            f"{type(error).__name__}: {error}"
+        )
+        broken.__cause__ = error
+        log.error("%s", broken)
+        self._broken = broken
+        self._answers.put(broken)
+        freed = False
+        while not (freed or self._closing):
+            # It may be this that has failed. What it has freed by then comes out at the next call.
+            with suppress(Exception):
+                freed = self._on_failure(EVERY_ITERATION)
+            if not freed:
+                time.sleep(INTERRUPT_INTERVAL)
 
     def _pause_ms(self, repeat_at: float) -> int:
         if self._ended_iteration is not None:

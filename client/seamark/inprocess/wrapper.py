@@ -74,7 +74,7 @@ class CallWrapper:
     state_dict: StateDict
     store: Any
     ping: Callable[[], None]
-    """Call it once per step: it counts progress (a memory write, under a microsecond)."""
+    """Call it once per step: it counts progress (a memory write, under a microsecond). Refused in a child process."""
 
     def __init__(self, interrupter: Interrupter, page: ProgressPage) -> None:
         self._interrupter = interrupter
@@ -178,6 +178,7 @@ class Wrapper:
             RestartError: not under Seamark, not in the main thread, with a process group already, or this process was
                 replaced.
             RankDiscarded: the rank assignment has dropped this rank.
+            AgentConnectionError: the thread that talks to the agent has failed.
             RestartAbort: the function, ``initialize`` or the rank assignment asked for the end of the job.
         """
         if not self.enabled:
@@ -389,7 +390,7 @@ class _Restarter:
         _, aborting = self._aborting
         if aborting is not None:
             aborting.join(ABORT_TIMEOUT)
-        self._session.check_aborted()
+        self._session.check()
         self._components.clean_up(replace(self._state, fn_exception=self._fn_exception))
 
     def _begin_abort(self, iteration: int) -> None:
