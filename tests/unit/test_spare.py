@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from descriptors import descriptors
 from standalone import wait_for
 
 from seamark.inprocess.cleanup import is_communication_error
@@ -20,10 +21,15 @@ LONG = 120.0
 
 
 @pytest.fixture
-def silent() -> Iterator[StoreAddress]:
-    """A store whose host was cut off: connections stand, and nobody answers."""
+def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield StoreAddress("127.0.0.1", listener.getsockname()[1], "before")
+        yield listener
+
+
+@pytest.fixture
+def silent(listener: socket.socket) -> StoreAddress:
+    """A store whose host was cut off: connections stand, and nobody answers."""
+    return StoreAddress("127.0.0.1", listener.getsockname()[1], "before")
 
 
 def clients() -> list[str]:
@@ -84,6 +90,51 @@ def test_who_waits_for_a_store_is_freed_by_the_end_of_its_iteration(silent: Stor
     assert failed
     with pytest.raises(StoreUnreachableError):
         spare.take(silent, unwanted=lambda: True)
+
+
+def test_without_a_descriptor_to_spare_it_is_one_sentence() -> None:
+    from torch.distributed import TCPStore
+
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = StoreAddress("127.0.0.1", server.port)
+    spare = SpareStore(LONG)
+    with descriptors(0):
+        spare.prepare(address)
+        with pytest.raises(StoreUnreachableError, match="Too many open files"):
+            spare.take(address)
+    assert spare.take(address)[0].num_keys() >= 0
+    spare.close()
+
+
+def test_the_end_of_an_iteration_frees_who_has_a_spare_of_the_store_before(
+    listener: socket.socket, silent: StoreAddress
+) -> None:
+    """That spare goes on connecting to the same port: neither it nor its end disturbs another."""
+    from torch.distributed import TCPStore
+
+    spare = SpareStore(LONG)
+    before = len(clients())
+    spare.prepare(silent)
+    wait_for("its connection", lambda: len(clients()) > before)
+    failed: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            spare.take(StoreAddress(silent.host, silent.port, "anew"))
+        except StoreUnreachableError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    wait_for("its end", lambda: spare.free() or not thread.is_alive(), 30.0)
+    assert failed
+    listener.close()
+    server = TCPStore(silent.host, silent.port, is_master=True, wait_for_workers=False)
+    client, connection = spare.take(StoreAddress(silent.host, silent.port, "after"))
+    spare.close()
+    client.set("key", "value")
+    assert client.get("key") == b"value"
+    assert connection.peer()[1] == server.port
 
 
 def test_a_group_across_replicas_does_not_wait_for_a_silent_store(silent: StoreAddress) -> None:

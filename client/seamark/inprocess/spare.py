@@ -54,9 +54,6 @@ class SpareStore:
                 pass
         elif spare is not None:
             self._give_up(spare)
-            if (self._address.host, self._address.port) == (address.host, address.port):
-                # What is cut is told by its port.
-                spare.join()
         try:
             return self._wait(StoreConnection(address.host, address.port, self._timeout), unwanted)
         except RuntimeError as error:
@@ -72,7 +69,7 @@ class SpareStore:
             awaited.give_up()
 
     def close(self) -> None:
-        """Gives the spare up."""
+        """Gives the spare up, and waits until no thread is left that connects: see ``StoreConnection.join``."""
         spare, self._spare = self._spare, None
         if spare is not None:
             self._give_up(spare)
