@@ -24,7 +24,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 PAGE_SIZE = 4096
 PROGRESS_FD = "SEAMARK_PROGRESS_FD"
@@ -176,11 +176,21 @@ class ProgressPage:
     # -- what the worker writes ------------------------------------------------------------------------------
 
     def ping(self) -> None:
-        """Say that the training loop is alive: one memory write, under a microsecond."""
+        """Say that the training loop is alive: one memory write, under a microsecond.
+
+        Raises:
+            RuntimeError: this is a child that the worker has forked.
+        """
         self._words[_PINGS] += 1
         if self.at_ping is not None:
             at_ping, self.at_ping = self.at_ping, None
             at_ping()
+
+    def _refuse(self) -> NoReturn:
+        self.at_ping = self._refuse
+        raise RuntimeError(
+            f"ping() in process {os.getpid()}, a child of the worker: it would count for nobody; call it in the worker"
+        )
 
     def enter(self, phase: Phase) -> None:
         """Say what comes now; sections that an interrupt left open are closed by it."""
@@ -440,6 +450,8 @@ def _let_go_after_fork() -> None:
     # A data loader's process must neither ping nor say goodbye in its parent's name.
     for page in _written_here:
         page._words = _private_words()
+        # Nor save its parent's checkpoint.
+        page.at_ping = page._refuse
 
 
 os.register_at_fork(after_in_child=_let_go_after_fork)
