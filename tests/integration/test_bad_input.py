@@ -131,7 +131,7 @@ def test_a_script_that_never_calls_the_wrapper_is_restarted_whole(tmp_path: Path
     options = (*TORCH, "--nproc-per-node", "2", "--restart-policy", policy)
     with standalone(tmp_path, *options, script=script(tmp_path, PLAIN)) as run:
         assert run.finish() == 0, run.text() + run.logs()
-        assert ("no rank reached seamark.Wrapper" in run.text()) is (policy == "replace")
+        assert ("no rank was heard from in seamark.Wrapper" in run.text()) is (policy == "replace")
         assert "finished 2" in run.logs()
 
 

@@ -251,8 +251,9 @@ def unwrapped(job: Job) -> str:
     if job.wrapped or job.spec.policy != "replace":
         return ""
     return (
-        "no rank reached seamark.Wrapper, and only a wrapped function can be restarted in process: every failure "
-        "restarts all ranks; wrap the training function, or ask for just that with --restart-policy any-failed"
+        "no rank was heard from in seamark.Wrapper before it failed, and only a wrapped function can be restarted in "
+        "process: such a failure restarts all ranks; wrap the training function, or ask for just that with "
+        "--restart-policy any-failed"
     )
 
 
