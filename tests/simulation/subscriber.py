@@ -17,6 +17,7 @@ from seamark.protocol.messages import (
     EventBeat,
     FailureEvent,
     Message,
+    RecoveredEvent,
     ReplicaQuorumEvent,
     Snapshot,
     SnapshotRequest,
@@ -49,7 +50,10 @@ class Subscriber:
         self._core = Listening(job, None, False)
         self._concluded_wrongly: Counter[Member] = Counter()
         self._gone: set[Member] = set()
+        self._away: set[Member] = set()
+        """Told to be lost, and by nothing that it heard since to be there again: once is enough."""
         self._known: set[Member] = set()
+        self._latest = (0, 0)
         self._epoch = 0
         self._begun = False
         self._request = 0
@@ -88,6 +92,7 @@ class Subscriber:
             self._epoch = copy.epoch
             if self._begun and isinstance(copy, ReplicaQuorumEvent):
                 self._known |= {(one.replica_id, one.incarnation) for one in copy.participants}
+        self._away -= self._shown_alive(copy)
         for one in heard.deliver:
             if isinstance(one, EventsLost):
                 self.missed += one.count
@@ -95,10 +100,24 @@ class Subscriber:
                 key = (one.failure.member, one.failure.incarnation)
                 self.told[key] += 1
                 self._gone.add(key)
+                self._away.add(key)
                 self._world.log(f"a subscriber is told of {key[1]}")
                 if self.told[key] > 1 + self._world.returned[key] + self._concluded_wrongly[key]:
                     self._world.violate(f"a subscriber is told {self.told[key]} times that {key[1]} is lost")
         self._ask(heard.ask)
+
+    def _shown_alive(self, message: Event | Snapshot | EventBeat) -> set[Member]:
+        if isinstance(message, EventBeat) or (message.epoch, message.sequence) < self._latest:
+            return set()
+        self._latest = (message.epoch, message.sequence)
+        match message:
+            case Snapshot():
+                return {(one.member, one.incarnation) for status in message.groups for one in status.members}
+            case ReplicaQuorumEvent():
+                return {(one.replica_id, one.incarnation) for one in message.participants}
+            case RecoveredEvent():
+                return {(message.member, message.incarnation)}
+        return set()
 
     def _ask(self, jobs: list[str]) -> None:
         for job in jobs:
@@ -121,4 +140,4 @@ class Subscriber:
     def untold(self) -> list[Member]:
         """Whom it was told to be in a quorum, who is dead, and not said to be lost since it was heard last."""
         living = {(process.replica_id, process.incarnation) for process in self._world.living()}
-        return sorted(self._known - living - self._gone)
+        return sorted(self._known - living - self._gone - self._away)

@@ -1208,6 +1208,14 @@ def test_a_node_that_is_never_heard_again_is_forgotten_unless_a_job_is_on_it() -
     assert not answer.known, "it introduces itself, and is there again"
 
 
+def test_news_of_a_process_that_was_replaced_is_old_news() -> None:
+    bench = Bench()
+    bench.run()
+    for incarnation, forked_at in (("second", 5.0), ("first", 4.0), ("third", 6.0), ("second", 5.0)):
+        bench.send(WorkerStarted(0, "job", 0, "job/1", incarnation, 1, forked_at, "", "n0"))
+    assert bench.job.processes["job/1"].incarnation == "third"
+
+
 def test_an_agent_that_was_not_heard_for_a_moment_introduces_itself_and_is_told_everything_again() -> None:
     bench = Bench()
     bench.run()

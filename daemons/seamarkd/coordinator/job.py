@@ -78,6 +78,8 @@ class Process(Struct):
     pid: int
     alive: bool
     node: str = ""
+    forked_at: float = 0.0
+    """By the clock of its host."""
 
 
 class Job(Struct):

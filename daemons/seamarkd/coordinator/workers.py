@@ -54,10 +54,15 @@ class Workers:
         known = job.processes.get(report.member)
         if known is not None and known.incarnation == report.incarnation:
             return effects
+        if known is not None and known.node == report.node and report.forked_at < known.forked_at:
+            # Repeated by an agent whose news of the successor was quicker.
+            return effects
         if not job.store.port or not has_place(job, report):
             # Of an earlier generation, or on a node that it was taken from: that is about to be told so.
             return effects
-        job.processes[report.member] = Process(report.incarnation, report.pid, alive=True, node=report.node)
+        job.processes[report.member] = Process(
+            report.incarnation, report.pid, alive=True, node=report.node, forked_at=report.forked_at
+        )
         job.incidents.started(report)
         effects += self._dispatch.started(now, job, report)
         if job.state == "STARTING" and len(job.processes) == len(job.slots):
