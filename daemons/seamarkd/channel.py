@@ -4,7 +4,7 @@ A plain socket is drained non-blocking whenever its file descriptor becomes read
 cheaper than awaiting ``zmq.asyncio``, and nothing is lost to a cancelled receive. The descriptor is
 edge-triggered, and a send may swallow an edge, so the socket's own event state is looked at after every drain
 and every send. A drain is bounded, so that a flood can't starve timers. Where messages come one by one faster than a
-loop's turn pays for, they are let gather for four milliseconds. What is not a message, or not its sender's to send, is
+loop's turn pays for, they are let gather for two milliseconds. What is not a message, or not its sender's to send, is
 counted, logged at a bounded rate and dropped.
 """
 
@@ -31,7 +31,7 @@ RUSH_GAP = 0.0005
 """Seconds between two drains that follow each other in a rush."""
 RUSH_DRAINS = 64
 """So many of them in a row, and messages are let gather; a few workers that answer each other never make as many."""
-RUSH_PAUSE = 0.004
+RUSH_PAUSE = 0.002
 """Seconds they gather; a beat that waits for so long is as good as before."""
 RUSH_OVER = 4
 """Fewer than so many gathered: the rush is over."""

@@ -51,6 +51,10 @@ def test_kills_of_rank_0_of_another_of_two_at_once_an_exception_and_the_end_of_t
         incidents = check_end(run, undisturbed, iterations=store_lost)
         assert [run.pid(rank) for rank in range(4)] == before, "the end of the store restarts nobody's process"
         pids = {report["pid"] for rank in range(4) for report in run.reports(rank)}
+        logs = Path(run.env["XDG_STATE_HOME"]).rglob(f"{run.name}/logs/**/rank_2*.log")
+        said = "".join(path.read_text() for path in logs)
+        assert "Traceback" in said, "of who raised the traceback is in its log"
+        assert "ValueError: asked to fail" in said
     assert len(pids) == 4 + sum(map(len, killed)), "nor does an exception"
     for incident, ranks in zip(incidents, killed, strict=False):
         assert {failure["rank"] for failure in incident["failures"]} == set(ranks)

@@ -51,6 +51,7 @@ class Subscriber:
         self._gone: set[Member] = set()
         self._known: set[Member] = set()
         self._epoch = 0
+        self._begun = False
         self._request = 0
         self._ask_again()
 
@@ -80,11 +81,13 @@ class Subscriber:
     def _take(self, message: Event | Snapshot | EventBeat) -> None:
         copy = decode(encode(message))
         assert isinstance(copy, Event | Snapshot | EventBeat)
+        heard = self._core.take(copy)
+        # Of what was before it has known where it stands nothing is promised (FailureListener.wait_ready).
+        self._begun = self._begun or self._core.ready
         if copy.epoch >= self._epoch:
             self._epoch = copy.epoch
-            if isinstance(copy, ReplicaQuorumEvent):
+            if self._begun and isinstance(copy, ReplicaQuorumEvent):
                 self._known |= {(one.replica_id, one.incarnation) for one in copy.participants}
-        heard = self._core.take(copy)
         for one in heard.deliver:
             if isinstance(one, EventsLost):
                 self.missed += one.count

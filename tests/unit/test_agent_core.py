@@ -507,7 +507,9 @@ def test_an_exit_is_kept_by_the_keeper_until_the_coordinator_knows_it() -> None:
     (again,) = to_coordinator(agent.losses.exited(NOW, "job", "i0", -9, NOW, "/log", []), WorkerExited)
     assert (again.incarnation, again.replacement) == (report.incarnation, report.replacement)
     effects = agent.from_coordinator(NOW, Acknowledged(again.request))
-    assert effects == [ForgetExit("job", "job/0", "i0"), Remember("job")]
+    assert effects == [Remember("job"), ForgetExit("job", "job/0", "i0")], (
+        "killed in between, it finds no worker without an end"
+    )
     assert agent.node.jobs["job"].exited == {}
 
 

@@ -197,3 +197,19 @@ def test_a_minimum_above_the_launcher_s_is_refused_with_both(component: object, 
         return
     with pytest.raises(ValueError, match=r"min_world_size=5\) .* MIN x --nproc-per-node = 4 ranks"):
         check_minimum(component, 4)
+
+
+def test_a_call_that_can_t_be_made_is_refused_before_anybody_waits() -> None:
+    def bare(call):  # type: ignore[no-untyped-def]
+        return call
+
+    def annotated(call: seamark.CallWrapper, steps: int) -> int:
+        return steps
+
+    with pytest.raises(TypeError, match=r"bare: missing a required argument: 'call': .* annotated with it"):
+        seamark.Wrapper()(bare)()
+    with pytest.raises(TypeError, match=r"annotated: missing a required argument: 'steps'"):
+        seamark.Wrapper()(annotated)()  # type: ignore[call-arg]
+    with pytest.raises(RestartError):
+        # It can be made, but for want of a launcher.
+        seamark.Wrapper()(annotated)(steps=3)  # type: ignore[call-arg]

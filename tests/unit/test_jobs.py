@@ -1222,6 +1222,21 @@ def test_a_node_that_is_never_heard_again_is_forgotten_unless_a_job_is_on_it() -
     assert not answer.known, "it introduces itself, and is there again"
 
 
+def test_an_agent_that_was_not_heard_for_a_moment_introduces_itself_and_is_told_everything_again() -> None:
+    bench = Bench()
+    bench.run()
+
+    def known_after(seconds: float) -> bool:
+        bench.now += seconds
+        (answer,) = bench.told(BeatAnswer, bench.send(Beat("n0", "i", 1)))
+        return answer.known
+
+    known_after(0.0)
+    assert known_after(0.5)
+    assert not known_after(0.8), "what was sent to it meanwhile may be lost"
+    assert known_after(0.5)
+
+
 def test_places_on_a_node_that_drains_and_starts_nobody_go_elsewhere() -> None:
     bench = wide(2)
     drains(bench, "n1")

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from seamark import preemption
 from seamark.environment import WorkerEnvironment
 from seamark.inprocess.abort import ProcessGroups
-from seamark.inprocess.cleanup import describe, let_go
+from seamark.inprocess.cleanup import describe, is_communication_error, let_go
 from seamark.inprocess.components import ABORT_TIMEOUT, Component, Components
 from seamark.inprocess.exceptions import RankDiscarded, RestartAbort, RestartError, RestartInterrupt
 from seamark.inprocess.initialize import check_minimum
@@ -179,6 +179,8 @@ class Wrapper:
                 replaced.
             RankDiscarded: the rank assignment has dropped this rank.
             RestartAbort: the function, ``initialize`` or the rank assignment asked for the end of the job.
+            TypeError: the arguments are not those of the function, whose ``CallWrapper`` is given to the parameter that
+                is annotated with it.
         """
         if not self.enabled:
             return function
@@ -187,16 +189,13 @@ class Wrapper:
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
             _check_no_group()
+            _check_arguments(function, *_placed(parameter, None, args, kwargs))
             environment = WorkerEnvironment.read()
             if not environment.alone:
                 check_minimum(self.components.initialize, environment.min_world_size)
             with _Restarter(environment, self) as restarter:
-                given: tuple[Any, ...] = args
-                if parameter is not None and parameter.position < len(given):
-                    given = (*given[: parameter.position], restarter.call, *given[parameter.position :])
-                elif parameter is not None:
-                    kwargs[parameter.name] = restarter.call
-                return restarter.run(lambda: typing.cast(Callable[..., T], function)(*given, **kwargs))
+                given, named = _placed(parameter, restarter.call, args, kwargs)
+                return restarter.run(lambda: typing.cast(Callable[..., T], function)(*given, **named))
 
         return wrapped
 
@@ -299,6 +298,9 @@ class _Restarter:
             except Exception as error:
                 if not self._interrupter.aborted(quorum.iteration):
                     at = time.monotonic()
+                    if not is_communication_error(error):
+                        # Of the one that began it; those of its peers follow from it.
+                        log.error("rank %d failed, and all restart in process", self._state.rank, exc_info=error)
                     _report_shards_failure(error)
                     self._session.faulted(quorum.iteration, describe(error), at)
                     self._fn_exception = error
@@ -524,3 +526,23 @@ def _call_parameter(function: Callable[..., Any]) -> _Parameter | None:
             named_only = parameter.kind is inspect.Parameter.KEYWORD_ONLY
             return _Parameter(name, sys.maxsize if named_only else position)
     return None
+
+
+def _placed(
+    parameter: _Parameter | None, call: CallWrapper | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the call among them."""
+    if parameter is None:
+        return args, dict(kwargs)
+    if parameter.position < len(args):
+        return (*args[: parameter.position], call, *args[parameter.position :]), dict(kwargs)
+    return args, {**kwargs, parameter.name: call}
+
+
+def _check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """A call that can't be made would fail, and be restarted, again and again."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        hint = "the CallWrapper goes to the parameter that is annotated with it, as in train(call: seamark.CallWrapper)"
+        raise TypeError(f"{getattr(function, '__qualname__', function)}: {error}: {hint}") from None

@@ -144,7 +144,9 @@ class Losses:
         job = self._node.jobs.get(report.job)
         if job is None or job.exited.pop(report.incarnation, None) is None:
             return []
-        return [ForgetExit(report.job, report.member, report.incarnation), Remember(report.job)]
+        # In this order: killed in between, an agent finds an exit that it need not know, and not a worker of whose end
+        # nobody can tell it any more.
+        return [Remember(report.job), ForgetExit(report.job, report.member, report.incarnation)]
 
     def lose(self, now: float, job: Job, worker: Worker, cause: Cause, at: float, how: str) -> list[Effect]:
         """A worker is lost: reported once, together with who takes its place, if somebody does."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import click
 import zmq
 
 from seamark.protocol.codec import decode, encode
@@ -19,6 +20,8 @@ from seamark.protocol.sockets import connect, encrypted, make_socket
 T = TypeVar("T", bound=Message)
 REPEAT_INTERVAL = 1.0
 """Seconds after which an unanswered question is asked again."""
+SILENT = 2.0
+"""Seconds without an answer after which a person is told what is waited for."""
 
 
 class RefusedError(Exception):
@@ -89,13 +92,20 @@ class Operator:
         now = time.monotonic()
         deadline = now + timeout
         repeat_at = now + REPEAT_INTERVAL
+        said_at = now + SILENT
         while (now := time.monotonic()) < deadline:
             if now >= repeat_at:
                 repeat_at = now + REPEAT_INTERVAL
                 self._send(make(request))
+            if now >= said_at:
+                said_at = deadline
+                click.echo(f"waits for the coordinator at {self._address}", err=True)
             message = self.receive(min(deadline, repeat_at) - now)
             if isinstance(message, Refused) and message.request == request:
                 raise RefusedError(message.reason)
             if isinstance(message, answer) and getattr(message, "request", None) == request:
                 return message
-        raise UnreachableError(f"no answer from the coordinator at {self._address} within {timeout:g} s{self.doubt}")
+        raise UnreachableError(
+            f"no answer from the coordinator at {self._address} within {timeout:g} s{self.doubt}: seamark status tells "
+            "what runs here, seamark up starts a suite, seamark run --standalone needs none"
+        )

@@ -25,6 +25,8 @@ from seamarkd.effects import Send
 
 SILENT_KEPT = 3_600.0
 """Seconds without a beat after which a node that no job is on is forgotten; should it beat again, it is new."""
+UNBROKEN = 0.75
+"""Seconds between two beats (there is one every half second) of an agent that was connected all the time."""
 
 
 class Sessions:
@@ -79,6 +81,8 @@ class Sessions:
         known = node is not None and node.route == route
         wish: list[Effect] = []
         if node is not None and known:
+            # What it was told meanwhile may have gone into a connection that is no more: introduced, it is told again.
+            known = now - node.last_beat <= UNBROKEN
             node.last_beat = now
             wish = self._wish(beat.node)
         return [Send(route, BeatAnswer(self._cluster.epoch, beat.sequence, known)), *wish]
