@@ -66,12 +66,13 @@ class Session:
             **options,
         )
 
-    async def connect(self, epoch: int) -> None:
+    async def connect(self, epoch: int, **options: Any) -> None:
         self.client = await KeeperClient.connect(
             str(self.directory / "keeper"),
             epoch=epoch,
             on_exited=self.exits.put_nowait,
             on_closed=self.closed.put_nowait,
+            **options,
         )
 
     def script(self, source: str, name: str = "script.py") -> str:
@@ -134,6 +135,22 @@ async def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         await asyncio.sleep(0.005)
+
+
+@contextlib.contextmanager
+def full_table(pid: int = 0) -> Iterator[None]:
+    """The process, this one by default, gets no further descriptor."""
+    usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(fd) for fd in os.listdir(f"/proc/{pid or os.getpid()}/fd")}
+    if not pid:
+        # That of the look itself is closed by now.
+        used = {fd for fd in used if Path(f"/proc/self/fd/{fd}").exists()}
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(used) + 1)) - used), usual[1]))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
 
 
 def running(pid: int) -> bool:
@@ -818,6 +835,46 @@ def test_a_terminated_keeper_ends_its_workers_and_a_killed_one_does_not(director
     play(scenario())
 
 
+def test_an_agent_without_descriptors_ends_a_keeper_and_its_workers(directory: Path) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            held = await session.start("worker", session.script("import signal; signal.pause()"))
+            with full_table():
+                assert await session.client.stop(DEADLINE) == []
+            await until(lambda: not running(session.client.ready.pid), "the keeper to end")
+            assert not running(held.process.pid)
+
+    play(scenario())
+
+
+def test_a_keeper_without_descriptors_ends_its_workers_and_what_they_left(directory: Path) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            await session.start("worker", session.script(FAMILY), "stubborn", "leave")
+            pids = await session.family("worker")
+            with full_table(session.client.ready.pid):
+                assert await session.client.stop(0.2) == []
+            assert not any(map(running, pids))
+
+    play(scenario())
+
+
+def test_a_keeper_that_can_look_for_nobody_ends_its_workers(directory: Path) -> None:
+    async def scenario() -> None:
+        async with keeper(directory) as session:
+            script = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); signal.pause()"
+            held = await session.start("worker", session.script(script))
+            await session.printed("worker")
+            pid = session.client.ready.pid
+            # Not even for what it has kept back.
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (4, resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]))
+            assert await session.client.stop(0.5) == []
+            assert not running(held.process.pid)
+            assert (directory / "keeper.log").read_text().count("can't look for processes") == 1
+
+    play(scenario())
+
+
 def test_a_full_disk_keeps_no_keeper_from_ending_its_workers(directory: Path) -> None:
     """It says in its log that it was terminated, or would."""
 
@@ -834,7 +891,8 @@ def test_a_full_disk_keeps_no_keeper_from_ending_its_workers(directory: Path) ->
     play(scenario())
 
 
-def test_a_keeper_that_does_not_answer_to_its_end_is_killed(directory: Path) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_a_keeper_that_does_not_answer_to_its_end_is_killed(directory: Path, full: bool) -> None:
     """It was stopped, say; its workers are its agent's to end."""
 
     async def scenario() -> None:
@@ -842,7 +900,8 @@ def test_a_keeper_that_does_not_answer_to_its_end_is_killed(directory: Path) -> 
         await session.spawn()
         held = await session.start("worker", session.script("import signal; signal.pause()"))
         os.kill(session.client.ready.pid, signal.SIGSTOP)
-        with pytest.raises(KeeperError, match="did not answer 'stop'") as refusal:
+        table = full_table() if full else contextlib.nullcontext()
+        with table, pytest.raises(KeeperError, match="did not answer 'stop'") as refusal:
             await session.client.stop(0, timeout=0.2)
         assert refusal.value.code == "timeout"
         await until(lambda: not running(session.client.ready.pid), "the keeper to end")
@@ -909,6 +968,45 @@ def test_a_keeper_that_is_not_ready_in_time_holds_up_nobody_even_if_it_cannot_be
         assert running(pid)
         os.kill(pid, signal.SIGKILL)
         await until(lambda: not Path(f"/proc/{pid}").exists(), "it to be reaped")
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_keeper_that_is_killed_while_it_imports_says_so_in_a_sentence(
+    directory: Path, signum: signal.Signals
+) -> None:
+    (directory / "waits.py").write_text(
+        "import os, pathlib, signal\n"
+        "pathlib.Path('new').write_text(str(os.getpid()))\n"
+        "os.rename('new', 'pid')\n"
+        "signal.pause()\n"
+    )
+
+    async def scenario() -> None:
+        env = environment(PYTHONPATH=str(directory))
+        spawning = asyncio.create_task(Session(directory).spawn(preload=("waits",), env=env))
+        await until((directory / "pid").exists, "it to import")
+        os.kill(int((directory / "pid").read_text()), signum)
+        with pytest.raises(KeeperError) as error:
+            await spawning
+        assert error.value.code == "killed"
+        said = f"the keeper was killed by {signum.name} while it started; {directory}/keeper.log is empty"
+        assert str(error.value) == said
+
+    play(scenario())
+
+
+def test_a_keeper_that_answers_no_hello_is_killed(directory: Path) -> None:
+    async def scenario() -> None:
+        session = Session(directory)
+        await session.spawn()
+        session.client.close()
+        os.kill(session.client.ready.pid, signal.SIGSTOP)
+        with pytest.raises(KeeperError, match="did not answer 'hello'") as error:
+            await session.connect(2, timeout=0.2)
+        assert error.value.code == "timeout"
+        await until(lambda: not running(session.client.ready.pid), "the keeper to end")
 
     play(scenario())
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +107,73 @@ def test_an_agent_started_anew_takes_up_a_worker_without_a_keeper(cluster: Suite
     life(run, 1)
     end(run, 1, 0)
     assert run.finish() == 0, run.text()
+
+
+def test_a_keeper_that_does_not_answer_keeps_no_agent_from_serving(cluster: Suite, run: Run) -> None:
+    pid = life(run, 0)
+    (keeper,) = cluster.keepers(run.name)
+    keeper.suspend()
+    cluster.kill("agent-0")
+    cluster.wait_healthy()
+    (worker,) = cluster.status()["coordinator"]["members"][run.name]
+    assert (worker["pid"], worker["alive"]) == (pid, True)
+    wait_for("the end of that keeper", lambda: keeper not in cluster.keepers(run.name))
+    assert psutil.pid_exists(pid), "its worker lives on"
+    end(run, 0, 46)
+    life(run, 1)
+    if KEEPS_EXITS:
+        told(run, "exited with code 46")
+    end(run, 1, 0)
+    assert run.finish() == 0, run.text()
+
+
+def test_an_agent_without_descriptors_ends_a_job_and_can_run_another_of_its_name(cluster: Suite, run: Run) -> None:
+    pid = life(run, 0)
+    agent = cluster.programs()["agent-0"].pid
+    usual = resource.prlimit(agent, resource.RLIMIT_NOFILE)
+    used = {int(fd) for fd in os.listdir(f"/proc/{agent}/fd")}
+    resource.prlimit(agent, resource.RLIMIT_NOFILE, (min(set(range(len(used) + 1)) - used), usual[1]))
+    try:
+        run.process.terminate()
+        run.finish()
+        wait_for("the rank's end", lambda: not psutil.pid_exists(pid))
+        wait_for("the keeper's end", lambda: not cluster.keepers(run.name))
+    finally:
+        resource.prlimit(agent, resource.RLIMIT_NOFILE, usual)
+    (run.home / "pid-0").unlink()
+    again = cluster.run(
+        run.home, "--preload", "none", "--log-dir", str(run.home / "logs"), name=run.name, script=run.home / "script.py"
+    )
+    life(again, 0)
+    end(again, 0, 0)
+    assert again.finish() == 0, again.text()
+    again.close()
+
+
+def test_a_keeper_that_is_killed_while_it_imports_is_started_again(cluster: Suite, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "waits.py").write_text(
+        "import os, pathlib, signal\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "if not (here / 'first').exists():\n"
+        "    (here / 'new').write_text(str(os.getpid()))\n"
+        "    (here / 'new').rename(here / 'first')\n"
+        "    signal.pause()\n"
+    )
+    options = ("--preload", "waits", "--max-restarts", "1", "--log-dir", str(tmp_path / "logs"))
+    name = tmp_path.name
+    run = Run(
+        tmp_path, *options, env=cluster.env | {"PYTHONPATH": str(tmp_path)}, name=name, script=tmp_path / "script.py"
+    )
+    try:
+        first = tmp_path / "first"
+        os.kill(int(wait_for("the keeper to import", lambda: first.exists() and first.read_text())), signal.SIGKILL)
+        life(run, 0)
+        end(run, 0, 0)
+        assert run.finish() == 0, run.text()
+        assert "1 processes started anew" in run.text(), "it is charged"
+    finally:
+        run.close()
 
 
 def test_what_nobody_saw_is_said_to_be_unknown(cluster: Suite, run: Run) -> None:

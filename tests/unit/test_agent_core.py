@@ -69,6 +69,7 @@ from seamarkd.agent.ends import ABORT_PATIENCE
 from seamarkd.agent.hang import Verdict
 from seamarkd.agent.job import Job
 from seamarkd.agent.reports import RESEND_INTERVAL
+from seamarkd.agent.takeup import stopped_since
 from seamarkd.exits import PREEMPTION_GRACE, UNKNOWN_STATUS
 
 T = TypeVar("T", bound=Message)
@@ -563,9 +564,31 @@ def test_a_failed_preparation_is_told_and_tried_again_when_the_order_is_repeated
     agent = Agent("here", lambda: "s0")
     agent.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
     (failed,) = to_coordinator(agent.stores.failed("job", "no such python"), PrepareFailed)
-    assert (failed.request, failed.reason) == (3, "node here: no such python")
+    assert (failed.request, failed.reason, failed.killed) == (3, "node here: no such python", False)
     effects = agent.from_coordinator(NOW, PrepareJob(4, spec(), store=True))
     assert effects == [Remember("job"), StartStore("job", "s0", 0)]
+
+
+def test_a_keeper_that_was_killed_at_its_start_is_told_as_that() -> None:
+    agent = Agent("here", lambda: "s0")
+    agent.from_coordinator(NOW, PrepareJob(3, spec(), store=True))
+    (failed,) = to_coordinator(agent.stores.failed("job", "it was killed", killed=True), PrepareFailed)
+    assert failed.killed
+
+
+def test_a_stop_that_is_under_way_when_its_job_is_taken_up_is_not_begun_again() -> None:
+    bench = Bench()
+    bench.agent.from_coordinator(NOW, StopWorkers(7, "job", 0, 5.0, final=True))
+    known = dict.fromkeys(("i0", "i1", "i2"), (100, NOW))
+    for stopping, begun in ((True, 0), (False, 1)):
+        effects = Agent("here", lambda: "new").adopt(NOW, remembered(bench), known, stopping=stopping)
+        assert sum(isinstance(one, StopJobHere) for one in effects) == begun
+
+
+def test_only_a_stop_that_is_new_is_under_way_when_its_job_is_taken_up() -> None:
+    passing, final = (StopWorkers(7, "job", 0, 5.0, final) for final in (False, True))
+    table = [(stopped_since(before, now)) for before in (None, passing, final) for now in (None, passing, final)]
+    assert table == [False, True, True, False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize(("known", "starts"), [({}, [StartStore("job", "s0", 0)]), ({"s0": (7, 0.5)}, [])])

@@ -384,6 +384,20 @@ def test_a_store_that_can_not_start_fails_the_job_with_its_reason() -> None:
     assert (bench.job.state, bench.job.result) == ("FAILED", "port 29500 is in use")
 
 
+def test_a_keeper_that_was_killed_at_its_start_is_a_failed_start_of_the_job() -> None:
+    bench = Bench(max_restarts=1)
+    bench.send(PrepareFailed(bench.job.request, "job", "node n0: the keeper was killed", killed=True))
+    assert (bench.job.state, bench.job.process_restarts, bench.job.budget.remaining(bench.now)) == ("RESTARTING", 1, 0)
+    assert bench.job.notice == "", "whether it wraps its function nobody knows yet"
+    bench.all_stopped()
+    (order,) = bench.told(PrepareJob)
+    assert (bench.job.state, order.request, order.store) == ("STARTING", bench.job.request, True)
+    bench.send(PrepareFailed(bench.job.request, "job", "node n0: the keeper was killed", killed=True))
+    bench.all_stopped()
+    assert bench.job.state == "FAILED"
+    assert bench.job.result == "node n0: the keeper was killed, and the 1 restarts of --max-restarts are used up"
+
+
 def test_stopping_a_job_that_waits_ends_it_at_once() -> None:
     bench = Bench(min_nodes=2, max_nodes=2)
     bench.send(StopJob(5, "job", "Ctrl-C"), b"operator")

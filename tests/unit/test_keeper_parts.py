@@ -18,6 +18,7 @@ import seamark.environment
 import seamark.progress
 from seamarkd.agent.keeper import page, worker
 from seamarkd.agent.keeper.forkable import why_other_at_start
+from seamarkd.agent.keeper.loop import send_signals
 from seamarkd.agent.keeper.records import Record
 from seamarkd.agent.keeper.requests import (
     MAX_PACKET_BYTES,
@@ -271,3 +272,18 @@ def test_a_worker_that_is_not_reaped_yet_is_not_gone() -> None:
     assert not Stop(10.0, False).over(1.0, left({}, workers={7}))
     assert Stop(10.0, False).over(1.0, left({}))
     assert not Stop(10.0, True).over(1.0, left({})), "a zombie is left to be reaped"
+
+
+def test_who_cannot_be_signalled_keeps_no_signal_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It became another user's, say."""
+    signalled: list[int] = []
+
+    def deliver(pid: int, _number: int) -> None:
+        if pid == 7:
+            raise PermissionError("Operation not permitted")
+        signalled.append(pid)
+
+    monkeypatch.setattr(os, "kill", deliver)
+    monkeypatch.setattr(os, "killpg", deliver)
+    send_signals([Signal(7, TERM), Signal(8, TERM), Signal(7, TERM, group=True), Signal(9, TERM, group=True)])
+    assert signalled == [8, 9]

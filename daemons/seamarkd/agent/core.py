@@ -178,13 +178,16 @@ class Agent:
                     effects.append(ToCoordinator(WorkerRegistered(job.name, worker.member, worker.incarnation)))
         return effects
 
-    def adopt(self, now: float, job: Job, known: Mapping[str, tuple[int, float]]) -> list[Effect]:
+    def adopt(
+        self, now: float, job: Job, known: Mapping[str, tuple[int, float]], *, stopping: bool = False
+    ) -> list[Effect]:
         """Take up a job of an earlier start of this agent.
 
         Args:
             job: what that one remembered.
             known: of which incarnations its keeper knows, with process id and the time of the fork, alive or ended: the
                 ended ones are reported by ``exited``.
+            stopping: its stop was ordered to this agent, and is under way.
         """
         self.node.jobs[job.name] = job
         # An exit that the keeper told of while it was being asked is being reported already.
@@ -205,7 +208,7 @@ class Agent:
                 effects.append(EndWorker(job.name, worker.incarnation, PREEMPTION_GRACE))
         if job.store_incarnation and not job.store.port and job.store_incarnation not in known:
             effects.append(StartStore(job.name, job.store_incarnation, job.spec.master_port))
-        if job.stopping is not None:
+        if job.stopping is not None and not stopping:
             order = job.stopping
             effects.append(StopJobHere(job.name, order.generation, order.grace, order.final))
         return effects

@@ -16,12 +16,17 @@ class KeeperError(Exception):
     """What a keeper refused or could not do, as a sentence.
 
     Attributes:
-        code: the keeper's reason, or "timeout", "closed" or "spawn".
+        code: the keeper's reason, or "timeout", "closed", "spawn" or "killed".
     """
 
     def __init__(self, code: str, sentence: str) -> None:
         super().__init__(sentence)
         self.code = code
+
+
+def was_killed(error: Exception) -> bool:
+    """Whether a keeper was killed while it started: another one may come to more."""
+    return isinstance(error, KeeperError) and error.code == "killed"
 
 
 class Ready(Struct, frozen=True):

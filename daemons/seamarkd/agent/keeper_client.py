@@ -31,6 +31,7 @@ from seamarkd.agent.keeper_answers import (
     held_of,
     process_of,
 )
+from seamarkd.exits import exit_cause
 
 KEEPER = Path(__file__).with_name("keeper") / "__main__.py"
 CONNECT_PAUSE = 0.01
@@ -69,6 +70,7 @@ class KeeperClient:
         self._unsent: deque[bytes] = deque()
         self._buffer = bytearray(MAX_PACKET_BYTES)
         self._why_closed: str | None = None
+        self._closed = asyncio.Event()
         sock.setblocking(False)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, 2 * MAX_PACKET_BYTES)
@@ -111,7 +113,8 @@ class KeeperClient:
             timeout: seconds until it has to be ready.
 
         Raises:
-            KeeperError: it could not be started, ended at once, or was not ready in time and was killed.
+            KeeperError: it could not be started, ended at once, or was not ready in time and was killed; `code` is
+                "killed" where somebody else has killed it, and the next one may come to more.
         """
         command = [python, str(KEEPER), "--socket", socket_path, "--job", job]
         if linger is not None:
@@ -135,7 +138,7 @@ class KeeperClient:
             async with asyncio.timeout(timeout):
                 sock = await _connect_to(process, socket_path, log)
                 client = cls(sock, on_exited, on_closed, process)
-                await client._hello(epoch, timeout)
+                await client._first_hello(epoch, timeout, process, log)
         except TimeoutError:
             _end(process)
             raise KeeperError("timeout", f"the keeper of {job} was not ready after {timeout:g} s") from None
@@ -164,7 +167,7 @@ class KeeperClient:
             timeout: seconds until it has to answer.
 
         Raises:
-            KeeperError: nobody listens there, or the keeper refused or did not answer.
+            KeeperError: nobody listens there, or the keeper refused, or did not answer and was killed.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -175,7 +178,10 @@ class KeeperClient:
         client = cls(sock, on_exited, on_closed)
         try:
             await client._hello(epoch, timeout)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeeperError) and error.code == "timeout":
+                # It was stopped, say. Killed, it can come back to no socket and to no worker that another has now.
+                _kill_listener(sock)
             client.close()
             raise
         return client
@@ -348,20 +354,24 @@ class KeeperClient:
         if not final:
             return list((await self._ask(request, timeout)).message["left"])
         self._on_closed = lambda _: None
+        keeper: int | None
         try:
             keeper = os.pidfd_open(self.ready.pid)
         except ProcessLookupError:
             raise KeeperError("closed", "the keeper has ended already") from None
+        except OSError:
+            # No descriptor is left for it: the end of the connection says the same, if some moments early.
+            keeper = None
         try:
             left = list((await self._ask(request, timeout)).message["left"])
             await self._until_gone(keeper, timeout)
         except KeeperError as error:
             if error.code == "timeout":
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(keeper, signal.SIGKILL)
+                self._kill(keeper)
             raise
         finally:
-            os.close(keeper)
+            if keeper is not None:
+                os.close(keeper)
         self.close()
         return left
 
@@ -389,16 +399,37 @@ class KeeperClient:
         fields = {name: answer[name] for name in Ready.__struct_fields__ if name != "modules"}
         self.ready = Ready(modules=[(name, seconds) for name, seconds in answer["modules"]], **fields)
 
-    async def _until_gone(self, pidfd: int, timeout: float) -> None:
-        gone = asyncio.Event()
-        self._loop.add_reader(pidfd, gone.set)
+    async def _first_hello(self, epoch: int, timeout: float, process: subprocess.Popen[bytes], log: str) -> None:
+        """As `_hello`, and says of a keeper that ended instead how it did."""
+        try:
+            await self._hello(epoch, timeout)
+        except KeeperError as error:
+            if error.code != "closed" or self.superseded:
+                raise
+            while process.poll() is None:
+                await asyncio.sleep(CONNECT_PAUSE)
+            raise _ended_at_start(process.returncode, log) from None
+
+    async def _until_gone(self, pidfd: int | None, timeout: float) -> None:
+        gone = self._closed if pidfd is None else asyncio.Event()
+        if pidfd is not None:
+            self._loop.add_reader(pidfd, gone.set)
         try:
             async with asyncio.timeout(timeout):
                 await gone.wait()
         except TimeoutError:
             raise KeeperError("timeout", f"the keeper did not end within {timeout:g} s") from None
         finally:
-            self._loop.remove_reader(pidfd)
+            if pidfd is not None:
+                self._loop.remove_reader(pidfd)
+
+    def _kill(self, pidfd: int | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if pidfd is not None:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            elif not self._closed.is_set():
+                # So long the number is the keeper's.
+                os.kill(self.ready.pid, signal.SIGKILL)
 
     async def _ask(self, request: Message, timeout: float) -> Packet:
         request_id, answers = self._begin(request)
@@ -482,6 +513,7 @@ class KeeperClient:
         if self._why_closed is not None:
             return
         self._why_closed = why
+        self._closed.set()
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()
@@ -509,10 +541,24 @@ async def _connect_to(process: subprocess.Popen[bytes], socket_path: str, log: s
             # An older keeper answers there; ours will say so and end.
             sock.close()
         if process.poll() is not None:
-            tail = Path(log).read_text(errors="replace")[-LOG_TAIL_CHARACTERS:].strip()
-            sentence = f"the keeper ended at its start with status {process.returncode}: {tail}"
-            raise KeeperError("spawn", sentence)
+            raise _ended_at_start(process.returncode, log)
         await asyncio.sleep(CONNECT_PAUSE)
+
+
+def _ended_at_start(status: int, log: str) -> KeeperError:
+    tail = Path(log).read_text(errors="replace")[-LOG_TAIL_CHARACTERS:].strip()
+    said = f": {tail}" if tail else f"; {log} is empty"
+    if status < 0:
+        return KeeperError("killed", f"the keeper was {exit_cause(status).text} while it started{said}")
+    return KeeperError("spawn", f"the keeper ended at its start with status {status}{said}")
+
+
+def _kill_listener(sock: socket.socket) -> None:
+    """While it is connected its number is its own; 0 stands for one of another process id namespace."""
+    pid = _listener_pid(sock)
+    if pid > 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _listener_pid(sock: socket.socket) -> int:

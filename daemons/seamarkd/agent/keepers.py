@@ -11,7 +11,7 @@ from typing import Any
 from seamarkd.agent.effects import StartKeeper
 from seamarkd.agent.endings import Endings
 from seamarkd.agent.ground import Ground
-from seamarkd.agent.keeper_answers import KeeperError
+from seamarkd.agent.keeper_answers import KeeperError, was_killed
 from seamarkd.agent.keeper_client import KeeperClient
 from seamarkd.agent.kept import Kept, other_logs
 
@@ -49,16 +49,16 @@ class Keepers:
             self.replace(job, kept, kept.keeper)
         return kept
 
-    def find(self, job: str, socket: str) -> asyncio.Task[KeeperClient]:
-        """The one that an earlier start of this agent has started."""
-        return self._loop.create_task(KeeperClient.connect(socket, **self._hears(job)))
+    def find(self, job: str, socket: str, timeout: float) -> asyncio.Task[KeeperClient]:
+        """The one that an earlier start of this agent has started; ``timeout``: seconds until it has to answer."""
+        return self._loop.create_task(KeeperClient.connect(socket, timeout=timeout, **self._hears(job)))
 
     async def start(self, order: StartKeeper) -> None:
         """Has one ready, which imports torch ahead of the workers."""
         try:
             await self.of(order.job).keeper
         except (KeeperError, OSError) as error:
-            self._perform(self._core.stores.failed(order.job, str(error)))
+            self._perform(self._core.stores.failed(order.job, str(error), killed=was_killed(error)))
 
     def replace(self, job: str, kept: Kept, lost: asyncio.Future[KeeperClient]) -> None:
         """Another one imports torch from now on, for those that may have to be replaced."""

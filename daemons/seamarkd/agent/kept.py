@@ -30,6 +30,12 @@ class Process(Struct):
         self.held.close()
 
 
+def _set() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 class Kept(Struct):
     """A job's keeper and processes on this node."""
 
@@ -48,6 +54,8 @@ class Kept(Struct):
     adopted: bool = False
     """An earlier agent started the keeper: it ends when it is told to, not when this agent gives up connecting."""
     ending: bool = False
+    settled: asyncio.Event = field(default_factory=_set)
+    """Not set while it is not known which of its processes live: what an earlier agent left is being taken up."""
     over: bool = False
     """Its keeper and all that was its have ended, as they were told."""
     steps: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))

@@ -132,7 +132,7 @@ class AgentShell:
             NotThisHostError: nothing can listen on the host that it was given.
         """
         await asyncio.gather(*(self._take_up.adopt(remembered) for remembered in self._memory.read()))
-        # Not before: a worker that is not known yet would be refused, and end.
+        # Not before: a worker that nobody has read of yet would be refused, and end.
         await self._wires.start(self._host, self._slots)
         self._wires.repeat(self._lookout.report_progress)
         self._wires.repeat(self._lookout.look_for_hangs)

@@ -13,6 +13,7 @@ from seamarkd.agent.endings import Endings
 from seamarkd.agent.ground import Ground
 from seamarkd.agent.keeper_answers import KeeperError
 from seamarkd.agent.kept import Kept
+from seamarkd.agent.orphans import Orphan
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,12 @@ class Stops:
     async def signal(self, job: str, incarnation: str, signum: int, *, group: bool = True) -> None:
         """A worker, or its whole process group; it has no effect on one that has ended."""
         kept = self._jobs.get(job)
-        process = kept.processes.get(incarnation) if kept else None
-        if kept is None or process is None:
+        if kept is None:
+            return
+        if incarnation not in kept.processes:
+            await kept.settled.wait()
+        process = kept.processes.get(incarnation)
+        if process is None:
             return
         if incarnation in kept.orphans:
             kept.orphans[incarnation].signal(signum, group=group)
@@ -56,6 +61,8 @@ class Stops:
         """As ordered, and the core is told."""
         kept = self._jobs.get(order.job)
         if kept is not None:
+            if order.patience:
+                await kept.settled.wait()
             if order.patience and kept.processes:
                 kept.emptied.clear()
                 with contextlib.suppress(TimeoutError):
@@ -67,21 +74,30 @@ class Stops:
 
     async def end(self, job: str, kept: Kept, grace: float, *, final: bool = True) -> None:
         """All of a job, by SIGTERM and SIGKILL ``grace`` seconds later; with ``final`` its store and keeper, too."""
-        await asyncio.gather(self._stop_keeper(job, kept, grace, final=final), self._stop_orphans(kept, grace))
+        await asyncio.gather(self._stop_keeper(job, kept, grace, final=final), self._stop_orphans(job, kept, grace))
         # Its keeper may have been killed while it stopped them; and the store goes last.
-        await self._stop_orphans(kept, grace)
+        await self._stop_orphans(job, kept, grace)
         # It heeds nothing less than SIGKILL, and has nothing to save.
-        await self._stop_orphans(kept, 0.0, store=final)
+        await self._stop_orphans(job, kept, 0.0, store=final)
         if final:
             kept.let_go()
         else:
             kept.close_processes()
 
-    async def _stop_orphans(self, kept: Kept, grace: float, *, store: bool = False) -> None:
+    async def _stop_orphans(self, job: str, kept: Kept, grace: float, *, store: bool = False) -> None:
         left = [one for one in kept.orphans.values() if store or one.held is not kept.store_process]
-        await asyncio.gather(*(one.stop(grace) for one in left))
+        await asyncio.gather(*(self._stop_orphan(job, one, grace) for one in left))
+
+    @staticmethod
+    async def _stop_orphan(job: str, orphan: Orphan, grace: float) -> None:
+        """What can't be done about one keeps nobody from the others."""
+        try:
+            await orphan.stop(grace)
+        except OSError as error:
+            log.error("job %s: can't stop process %d: %s", job, orphan.held.process.pid, error)
 
     async def _stop_keeper(self, job: str, kept: Kept, grace: float, *, final: bool) -> None:
+        await kept.settled.wait()
         connecting = kept.keeper
         if final and not connecting.done() and not kept.adopted:
             # It imports torch, for seconds; it has no process yet.
@@ -93,7 +109,7 @@ class Stops:
             keeper = await connecting
             kept.ending = final
             left = await keeper.stop(grace, final=final)
-        except KeeperError as error:
+        except (KeeperError, OSError) as error:
             if kept.over:
                 # Its end was asked for twice (the job's, the agent's own), and the other was sooner.
                 return

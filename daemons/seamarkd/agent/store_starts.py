@@ -9,7 +9,7 @@ from seamark.protocol.messages import StoreAddress
 from seamarkd.agent.effects import StartStore
 from seamarkd.agent.endings import STORE_SLOT, Endings
 from seamarkd.agent.ground import Ground
-from seamarkd.agent.keeper_answers import Held, KeeperError, Process
+from seamarkd.agent.keeper_answers import Held, KeeperError, Process, was_killed
 from seamarkd.agent.keeper_client import KeeperClient
 from seamarkd.agent.keepers import Keepers
 from seamarkd.agent.kept import other_logs
@@ -46,7 +46,7 @@ class StoreStarts:
                 # Its keeper was killed; the next one knows of no store.
                 self._tasks.spawn(self.start(order))
                 return
-            self._perform(self._core.stores.failed(order.job, str(error)))
+            self._perform(self._core.stores.failed(order.job, str(error), killed=was_killed(error)))
             return
         kept.store = order.incarnation
         kept.keep_store(held)

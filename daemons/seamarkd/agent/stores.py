@@ -46,15 +46,18 @@ class Stores:
         job.master_port = master_port
         return [Remember(job_name), ToCoordinator(self._ready(job))]
 
-    def failed(self, job_name: str, reason: str) -> list[Effect]:
-        """The keeper or the TCPStore service could not be started; tried again if the order is repeated."""
+    def failed(self, job_name: str, reason: str, *, killed: bool = False) -> list[Effect]:
+        """The keeper or the TCPStore service could not be started; tried again if the order is repeated.
+
+        ``killed``: the keeper was, and another one may come to more.
+        """
         job = self._node.jobs.get(job_name)
         if job is None:
             return []
         job.store_incarnation = ""
         return [
             Remember(job_name),
-            ToCoordinator(PrepareFailed(job.prepare_request, job_name, f"node {self._node.name}: {reason}")),
+            ToCoordinator(PrepareFailed(job.prepare_request, job_name, f"node {self._node.name}: {reason}", killed)),
         ]
 
     def exited(self, job_name: str) -> list[Effect]:

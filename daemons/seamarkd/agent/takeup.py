@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
-from seamark.protocol.messages import StoreAddress
+from seamark.protocol.messages import StopWorkers, StoreAddress
 from seamarkd.agent import orphans
 from seamarkd.agent.endings import STORE_SLOT, Endings
 from seamarkd.agent.ground import Ground
 from seamarkd.agent.job import Job, Worker
 from seamarkd.agent.keeper_answers import Held, KeeperError
+from seamarkd.agent.keeper_client import READY_TIMEOUT, REQUEST_TIMEOUT
 from seamarkd.agent.keepers import Keepers
 from seamarkd.agent.kept import Kept
 from seamarkd.agent.logfiles import log_path
@@ -19,6 +21,9 @@ from seamarkd.agent.starts import Starts
 from seamarkd.agent.store_starts import StoreStarts
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 0.5
+"""Seconds that an agent waits for the keepers of its jobs before it serves. Commonly they answer in a hundredth."""
 
 
 class TakeUp:
@@ -44,28 +49,43 @@ class TakeUp:
         self._store_starts = store_starts
 
     async def adopt(self, remembered: Remembered) -> None:
-        """Returns once its workers are known; later, where it has none yet."""
+        """Returns once it is known how its workers are, or after ``PATIENCE``: then they are what they were last.
+
+        Whoever has to know more waits for `Kept.settled`.
+        """
         job = self._core.node.jobs[remembered.job.name] = remembered.job
+        others = any(one.pid and not one.orphan for one in (*job.workers.values(), *job.exited.values()))
+        # One that has workers has imported all that it will; another may still import torch, for seconds.
+        ready = any(one.pid and not one.orphan for one in job.workers.values())
         kept = self._jobs.add(
             job.name,
             Kept(
-                self._keepers.find(job.name, remembered.keeper),
+                self._keepers.find(job.name, remembered.keeper, REQUEST_TIMEOUT if ready else READY_TIMEOUT),
                 remembered.keeper,
                 store=job.store_incarnation,
                 store_born=remembered.store,
                 adopted=True,
+                settled=asyncio.Event(),
             ),
         )
         for worker in [one for one in job.workers.values() if one.orphan]:
             self._take_up_orphan(job, kept, worker)
-        work = self._take_up(job, kept)
-        if any(worker.pid and not worker.orphan for worker in (*job.workers.values(), *job.exited.values())):
-            await work
+        work = asyncio.ensure_future(self._settle(job, kept, job.stopping))
+        if others:
+            await asyncio.wait([work], timeout=PATIENCE)
+        if work.done():
+            work.result()
         else:
-            # Its keeper may still import torch, for seconds in which the other jobs' workers want their agent.
+            # The other jobs' workers want their agent, and the other daemons its beat.
             self._tasks.spawn(work)
 
-    async def _take_up(self, job: Job, kept: Kept) -> None:
+    async def _settle(self, job: Job, kept: Kept, stopped_before: StopWorkers | None) -> None:
+        try:
+            await self._take_up(job, kept, stopped_before)
+        finally:
+            kept.settled.set()
+
+    async def _take_up(self, job: Job, kept: Kept, stopped_before: StopWorkers | None) -> None:
         connecting = kept.keeper
         processes: list[Held] = []
         try:
@@ -75,11 +95,6 @@ class TakeUp:
             log.error("job %s: its keeper is gone (%s): its workers live on without one", job.name, error)
             self._perform(self._core.losses.keeper_lost(job.name))
             self._keepers.replace(job.name, kept, connecting)
-        if self._jobs.get(job.name) is not kept or kept.ending:
-            # It was told meanwhile to end all of it.
-            for held in processes:
-                held.close()
-            return
         ended: list[Held] = []
         for held in processes:
             if held.process.slot == STORE_SLOT and held.process.status is None:
@@ -102,7 +117,8 @@ class TakeUp:
         store_lost = kept.store_process is None and job.has_store and not self._take_up_store(job, kept)
         if store_lost and job.roster is None:
             job.store = StoreAddress()
-        self._perform(self._core.adopt(time.monotonic(), job, known))
+        since = stopped_since(stopped_before, job.stopping)
+        self._perform(self._core.adopt(time.monotonic(), job, known, stopping=since))
         for held in ended:
             self._endings.exited(job.name, held.process)
             held.close()
@@ -147,3 +163,13 @@ class TakeUp:
         if held is not None:
             self._endings.keep_orphan(job.name, kept, held)
         return held is not None
+
+
+def stopped_since(before: StopWorkers | None, now: StopWorkers | None) -> bool:
+    """Whether the job's stop was ordered while it was being taken up, and so is under way already.
+
+    Args:
+        before: what had been ordered when the earlier agent ended.
+        now: what is ordered. The same order once more starts nothing.
+    """
+    return now is not None and (before is None or (now.final and not before.final))

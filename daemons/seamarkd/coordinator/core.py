@@ -158,7 +158,11 @@ class Coordinator:
             return []
         if job.moving and job.state == "RUNNING":
             return self._stores.refused(now, job, report)
-        return self._stops.end(now, job, "FAILED", report.reason) if job.state == "STARTING" else []
+        if job.state != "STARTING":
+            return []
+        if report.killed:
+            return self._losses.start_failed(now, job, report.reason)
+        return self._stops.end(now, job, "FAILED", report.reason)
 
     def _reported(self, now: float, route: bytes, report: ReportFailure) -> list[Effect]:
         self._dispatch.reported(report)

@@ -58,6 +58,10 @@ class Losses:
         job.failed.add(report.member)
         return self._carry_out(now, job, "worker-failed", f"rank {rank} {how}")
 
+    def start_failed(self, now: float, job: Job, why: str) -> list[Effect]:
+        """A keeper was killed before any worker of the job was there: all of it is started again, and charged."""
+        return self._charged_restart(now, job, why)
+
     def node_gone(self, now: float, job: Job, node: str, drains: str = "") -> list[Effect]:
         """A node of the job is lost; ``drains``: it is only about to go, and why."""
         members = {slot.member for slot in job.slots if slot.node == node} - job.finished - job.failed
@@ -112,18 +116,18 @@ class Losses:
                 if job.spec.policy == "min-healthy":
                     why += f"; {found.well} worker groups are well, fewer than {found.least}"
                 if charged and not self._cluster.drains(job):
-                    return self._charged_restart(now, job, why)
+                    return self._charged_restart(now, job, why, notice=unwrapped(job))
                 job.sentence = f"{why}; all workers are restarted"
                 return self._stops.restart(now, job)
             case _:
                 job.sentence = f"{why}; {found.well} worker groups go on" if why else job.sentence
                 return [persist(job)]
 
-    def _charged_restart(self, now: float, job: Job, why: str) -> list[Effect]:
+    def _charged_restart(self, now: float, job: Job, why: str, *, notice: str = "") -> list[Effect]:
         if job.budget.spend(now):
             job.process_restarts += 1
             job.sentence = f"{why}; all workers are restarted"
-            job.notice = unwrapped(job) or job.notice
+            job.notice = notice or job.notice
             return self._stops.restart(now, job)
         tried = (
             f"the {job.spec.max_restarts} restarts of --max-restarts are used up"

@@ -172,13 +172,17 @@ class StoreReady(Message, frozen=True):
 
 
 class PrepareFailed(Message, frozen=True):
-    """The keeper or the TCPStore service could not be started; ``reason`` says what to do."""
+    """The keeper or the TCPStore service could not be started; ``reason`` says what to do.
+
+    ``killed``: somebody has killed the keeper while it started. That is a failed start, and another may come to more.
+    """
 
     type_id = 52
     direction = "agent -> coordinator"
     request: Count
     job: Name
     reason: Text
+    killed: bool = False
 
 
 class StopWorkers(Message, frozen=True):

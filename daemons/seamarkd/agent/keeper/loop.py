@@ -18,7 +18,7 @@ from .forking import Forked
 from .launch import Launcher
 from .log import say
 from .preload import Preloaded
-from .processes import descendants, kill, kill_group, start_time
+from .processes import Look, descendants, kill, kill_group, start_time
 from .records import Record, Records
 from .requests import MAX_PACKET_BYTES, Message, Refused, flag, integer, parse, process_key, request_id, seconds, text
 from .stop import Left, Signal, Stop
@@ -61,6 +61,7 @@ class Keeper:
         self._agent: Connection | None = None
         self._epoch = 0
         self._records = Records()
+        self._look = Look()
         self._stop: Stop | None = None
         self._await_stop: list[tuple[Connection, int | None]] = []
         self._terminated = False
@@ -114,6 +115,7 @@ class Keeper:
         for record in self._records:
             record.close()
         self._launcher.close()
+        self._look.close()
 
     # -- the loop ----------------------------------------------------------------------------------------
 
@@ -314,8 +316,7 @@ class Keeper:
 
     def _advance_stop(self, stop: Stop, now: float) -> bool:
         """Whether all is over, the keeper's own life included."""
-        everybody = None if self._childless else descendants(os.getpid())
-        left = Left(self._records.workers(), self._records.stores(), everybody)
+        left = Left(self._records.workers(), self._records.stores(), None if self._childless else self._below(stop))
         if not stop.over(now, left):
             send_signals(stop.signals(now, left))
             return False
@@ -328,10 +329,22 @@ class Keeper:
         self._stop = None
         return stop.final
 
+    def _below(self, stop: Stop) -> dict[int, int]:
+        """Every process below this one; those that were started, where the system does not let it look for others."""
+        try:
+            return self._look.below(os.getpid())
+        except OSError as error:
+            if not stop.blind:
+                stop.blind = True
+                say(f"can't look for processes that the workers left behind: {error}")
+            return {pid: pid for pid in self._records.living}
+
 
 def send_signals(signals: list[Signal]) -> None:
     for target, number, group in signals:
-        if group:
-            kill_group(target, number)
-        else:
-            kill(target, number)
+        # Who became another user's is not this one's to signal: it is named with those that can't be killed.
+        with contextlib.suppress(PermissionError):
+            if group:
+                kill_group(target, number)
+            else:
+                kill(target, number)

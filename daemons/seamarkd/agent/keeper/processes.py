@@ -17,6 +17,32 @@ def start_time(pid: int) -> int:
     return int(stat_fields(pid)[19])
 
 
+class Look:
+    """A look at all processes, also with a full descriptor table: one is kept back for it, and given up meanwhile."""
+
+    def __init__(self) -> None:
+        self._spare: int | None = None
+        self._keep_back()
+
+    def below(self, root: int) -> dict[int, int]:
+        """As `descendants`."""
+        self.close()
+        try:
+            return descendants(root)
+        finally:
+            self._keep_back()
+
+    def close(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
+
+    def _keep_back(self) -> None:
+        # Where somebody else was sooner, it is tried again after the next look.
+        with contextlib.suppress(OSError):
+            self._spare = os.open("/proc", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def descendants(root: int) -> dict[int, int]:
     """Every live process below `root`: pid → process group."""
     parents: dict[int, tuple[int, int]] = {}

@@ -51,6 +51,8 @@ class Stop:
     final: bool
     asked: set[int] = field(default_factory=set)
     asked_groups: set[int] = field(default_factory=set)
+    blind: bool = False
+    """Whether it was said that not everybody can be seen."""
 
     def hasten(self, deadline: float, final: bool) -> None:
         """Asked for once more: the earlier deadline holds, and what is to end for good does."""
