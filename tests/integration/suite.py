@@ -138,7 +138,9 @@ class Suite:
         before = self.programs()
         for name in names:
             os.kill(before[name].pid, signal.SIGKILL)
+        self._wait_replaced(before, names)
 
+    def _wait_replaced(self, before: dict[str, Program], names: tuple[str, ...]) -> None:
         def replaced() -> bool:
             now = self.programs()
             return all(now[name].pid not in (0, before[name].pid) for name in names)
@@ -157,6 +159,8 @@ class Suite:
             yield
         finally:
             supervisord.resume()
+        # Nobody misses a daemon that has been away for a moment: healthy alone says nothing of its successor.
+        self._wait_replaced(programs, names)
         self.wait_healthy()
 
     def problems(self) -> str:

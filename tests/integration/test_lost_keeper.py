@@ -63,6 +63,16 @@ def end(run: Run, number: int, code: int) -> None:
     (run.home / f"end-{number}").write_text(str(code))
 
 
+def watches(agent: int, worker: int) -> bool:
+    """Whether an agent holds a pidfd of this process: what ended before nobody can tell the end of."""
+    found = set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for fd in Path(f"/proc/{agent}/fdinfo").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found |= {line for line in fd.read_text().splitlines() if line.startswith("Pid:")}
+    return f"Pid:\t{worker}" in found
+
+
 def stores(cluster: Suite) -> list[psutil.Process]:
     """The TCPStore services of this suite's jobs that serve."""
     found = []
@@ -80,7 +90,10 @@ def told(run: Run, sentence: str) -> None:
     def is_told() -> bool:
         return sentence in {one["failures"][0]["cause"]["text"] for one in run.incidents()}
 
-    wait_for(f"{sentence!r} in {run.incidents()}", is_told)
+    try:
+        wait_for(repr(sentence), is_told)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {run.incidents()}") from None
 
 
 def test_the_agent_tells_how_a_worker_without_a_keeper_ends(cluster: Suite, run: Run) -> None:
@@ -101,6 +114,7 @@ def test_an_agent_started_anew_takes_up_a_worker_without_a_keeper(cluster: Suite
         lose_keeper(cluster, run)
     (worker,) = wait_for("the rank", lambda: cluster.status()["coordinator"]["members"].get(run.name))
     assert (worker["pid"], worker["alive"]) == (pid, True)
+    wait_for("the agent to watch it", lambda: watches(cluster.programs()["agent-0"].pid, pid))
     end(run, 0, 44)
     if KEEPS_EXITS:
         told(run, "exited with code 44")
