@@ -174,6 +174,6 @@ def test_the_model_finds_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
         return refusal(group, route, request)
 
     monkeypatch.setattr(Group, "_refusal", as_it_was)
-    monkeypatch.setattr("test_recovery.SEEDS", 1_000)
+    monkeypatch.setattr("test_recovery.schedules", lambda: range(1_000))
     with pytest.raises(AssertionError, match="was refused"):
         test_ranks_and_daemons_are_killed_and_all_go_on_together()

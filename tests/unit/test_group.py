@@ -75,7 +75,7 @@ class Bench:
     def start(self, member: str, generation: int = 0) -> None:
         node = self.group.membership.members[member].slot.node
         started = MemberStarted(0, "job", generation, member, self.incarnations[member], node)
-        self.group.membership.started(self.now, started)
+        self.do(self.group.started(self.now, started))
 
     def join(self, *ranks: int, generation: int = 0, call: int = 0) -> None:
         for rank in ranks:
@@ -456,7 +456,7 @@ def announce(bench: Bench, *ranks: int) -> None:
         member = f"job/{rank}"
         node = bench.group.membership.members[member].slot.node
         report = MemberStarted(0, "job", 0, member, bench.incarnations[member], node)
-        bench.group.membership.started(bench.now, report)
+        bench.do(bench.group.started(bench.now, report))
 
 
 def test_a_join_before_the_announcement_is_not_refused(anew: Bench) -> None:
@@ -564,7 +564,7 @@ def test_a_loss_that_is_heard_after_its_replacement_is_in_a_quorum_ends_no_itera
 def test_an_announcement_that_arrives_after_the_loss_raises_nobody(running: Bench) -> None:
     first = running.incarnations["job/2"]
     running.lose(2)
-    running.group.membership.started(running.now, MemberStarted(0, "job", 0, "job/2", first, "n0"))
+    running.do(running.group.started(running.now, MemberStarted(0, "job", 0, "job/2", first, "n0")))
     running.join(0, 1, 2, 3)
     assert len(running.published(QuorumEvent)) == 1
 
@@ -890,7 +890,7 @@ def test_processes_of_a_node_that_lost_its_places_to_another_are_refused(spread:
     spread.do(spread.group.set_roster(spread.now, placed(1, r2="n2", r3="n2")))
     spread.join(0, 1)
     before = MemberStarted(0, "job", 0, "job/2", "job/2#0", "n1")
-    spread.group.membership.started(spread.now, before)
+    spread.do(spread.group.started(spread.now, before))
     spread.join(2)
     (refused,) = spread.sent(Refused)
     assert (refused.code, refused.member) == ("STALE_GENERATION", "job/2")
@@ -932,16 +932,22 @@ def test_who_is_lost_before_it_has_entered_interrupts_nobody(spread: Bench) -> N
     assert joined.failure.cause.kind == "joined", "nobody else is on the way"
 
 
-def test_who_was_away_while_the_others_went_on_is_called_back_by_a_new_lighthouse(spread: Bench) -> None:
+@pytest.mark.parametrize("last_of_all", [False, True])
+def test_who_was_away_while_the_others_went_on_is_called_back_by_a_new_lighthouse(
+    spread: Bench, last_of_all: bool
+) -> None:
     """It may wait for them in a collective that they have left; its own lighthouse would have told it."""
     spread.group = Group("job", RANKS, EventLog("job", 2), 2 << 32, lambda node: spread.now)
     again = msgspec.structs.replace(placed(0, r2="n1", r3="n1"), running=True)
     spread.do(spread.group.set_roster(spread.now, again))
-    for member in members():
-        spread.start(member)
     everybody, two = members(), members()[:2]
-    spread.do(spread.group.recall(spread.now, LastQuorum(0, "job", 0, 5, 0, 0, everybody, False, "n1")))
-    spread.do(spread.group.recall(spread.now, LastQuorum(0, "job", 0, 6, 1, 1, two, False, "n0")))
+    of_n1 = LastQuorum(0, "job", 0, 5, 0, 0, everybody, False, "n1")
+    of_n0 = LastQuorum(0, "job", 0, 6, 1, 1, two, False, "n0")
+    # Each node says what it was in, and then who lives there.
+    for last, ranks in ((of_n1, (2, 3)), (of_n0, (0, 1)))[:: -1 if last_of_all else 1]:
+        spread.do(spread.group.recall(spread.now, last))
+        for rank in ranks:
+            spread.start(f"job/{rank}")
     (event,) = spread.published(FailureEvent)
     assert (event.failure.member, event.failure.iteration) == ("job/2", 0)
     assert event.failure.cause.text == "node n1 was away when iteration 1 began"

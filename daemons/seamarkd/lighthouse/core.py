@@ -274,7 +274,7 @@ class Lighthouse:
             return effects
         match report:
             case MemberStarted():
-                group.membership.started(now, report)
+                effects += group.started(now, report)
             case MemberLost():
                 effects += group.lost(now, report)
             case StoreLost():

@@ -20,6 +20,7 @@ from seamark.protocol.messages import (
     Member,
     MemberFaulted,
     MemberLost,
+    MemberStarted,
     QuorumAnswer,
     Roster,
     StoreAddress,
@@ -162,12 +163,21 @@ class Group:
             effects += self.lost(now, report) if isinstance(report, MemberLost) else self.store_lost(now, report)
         for _, request in list(self._requests.joins.values()):
             effects += self._unexplained(now, request)
-        session = self.session
-        for failure in self._recall.cut_off(now, session.iteration, self.membership, session.active):
-            effects.append(Publish(self.job, self._events.failure(self.name, failure)))
-        return effects + self.answer_if_ready(now)
+        return [*effects, *self._call_back(now), *self.answer_if_ready(now)]
 
-    # --- losses and faults ---------------------------------------------------------------------------------
+    def _call_back(self, now: float) -> list[Effect]:
+        if self.recalling:
+            return []
+        session = self.session
+        cut_off = self._recall.cut_off(now, session.iteration, self.membership, session.active)
+        return [Publish(self.job, self._events.failure(self.name, failure)) for failure in cut_off]
+
+    # --- starts, losses and faults -------------------------------------------------------------------------
+
+    def started(self, now: float, report: MemberStarted) -> list[Effect]:
+        """A slot has a new process, or a lighthouse that was started anew hears of the one that it has."""
+        self.membership.started(now, report)
+        return self._call_back(now)
 
     def lost(self, now: float, report: MemberLost) -> list[Effect]:
         """A member is dying or dead: published once per incarnation."""

@@ -66,6 +66,8 @@ class Recall:
     def cut_off(self, now: float, iteration: int, membership: Membership, active: Set[str]) -> list[Failure]:
         """Who was cut off while the others went on may wait for them in a collective that they have left.
 
+        A node says which iteration it was in before it says who lives there: it is looked at once somebody does.
+
         Args:
             now: seconds.
             iteration: the present one.
@@ -73,11 +75,13 @@ class Recall:
             active: the members of the last quorum.
         """
         found: list[Failure] = []
-        for node, last in self._iterations.items():
+        for node, last in list(self._iterations.items()):
             here = [one for one in membership.on_node(node) if one.slot.member in membership.living]
-            if last < iteration and here and not any(one.slot.member in active for one in here):
+            if not here:
+                continue
+            del self._iterations[node]
+            if last < iteration and not any(one.slot.member in active for one in here):
                 found.append(away(now, here[0].slot, here[0].incarnation, last, iteration))
-        self._iterations.clear()
         return found
 
 
