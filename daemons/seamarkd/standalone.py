@@ -34,6 +34,8 @@ from seamarkd.paths import private, run_directory
 EPOCH = 1
 """A standalone suite lives once: nothing of an earlier start can be taken for it."""
 STOP_TIMEOUT = 30.0
+BEAT_INTERVAL = 1.0
+"""Seconds. Who would miss its only node dies with it, and each beat takes a processor from the training."""
 ADDRESS_FILE = "coordinator.address"
 """Beside the manifest while the suite lives: where its coordinator answers."""
 LONGEST = "12345678/keeper-123456"
@@ -108,7 +110,9 @@ class Standalone:
         try:
             manifest = Manifest(self._state / "manifest.db")
             await self._after_a_kill(manifest)
-            lighthouse = LighthouseShell(context, lighthouse_address, events_address, EPOCH)
+            lighthouse = LighthouseShell(
+                context, lighthouse_address, events_address, EPOCH, beat_interval=BEAT_INTERVAL
+            )
             coordinator = CoordinatorShell(context, self.coordinator, lighthouse_address, events_address, manifest)
             agent = AgentShell(
                 context,

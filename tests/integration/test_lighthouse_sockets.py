@@ -12,11 +12,24 @@ from typing import Any
 import pytest
 import zmq
 from raw_replicas import RawReplica, members
+from standalone import wait_for
 
 import seamarkd.lighthouse
-from seamark.protocol.codec import decode
-from seamark.protocol.messages import FailureEvent, RecoveredEvent, ReplicaWithdraw
+from seamark.protocol.codec import decode, encode
+from seamark.protocol.messages import (
+    FailureEvent,
+    JobSpec,
+    Join,
+    MemberStarted,
+    QuorumAnswer,
+    RecoveredEvent,
+    ReplicaWithdraw,
+    Roster,
+    Slot,
+    StoreAddress,
+)
 from seamark.protocol.sockets import make_socket
+from seamarkd.lighthouse.shell import LighthouseShell
 
 pytestmark = pytest.mark.replicas
 
@@ -144,6 +157,36 @@ def test_silence_is_told_once_clears_who_waits_and_ends_with_the_next_beat() -> 
         assert members(lighthouse["a"].quorum()) == ["a"]
         lighthouse["b"].beat()
         assert lighthouse.event(RecoveredEvent).member == "b"
+
+
+def test_who_waits_is_not_kept_until_the_next_beat_where_beats_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    shells: list[LighthouseShell] = []
+
+    def rare(*arguments: Any, **options: Any) -> LighthouseShell:
+        shells.append(LighthouseShell(*arguments, beat_interval=3_600.0, **options))
+        return shells[-1]
+
+    monkeypatch.setattr("seamarkd.lighthouse.embedded.LighthouseShell", rare)
+    spec = JobSpec("job", ["train.py"], False, "python", "/", {}, 1, 1, 2, "replace", 0, "", "/tmp")
+    slots = [Slot("job/0", 0, 0, "n0", 0), Slot("job/1", 1, 1, "n0", 0)]
+    store = StoreAddress("127.0.0.1", 20_402, "store-1")
+    roster = Roster(1, "job", 0, "replace", 1, slots, store, "127.0.0.1", 20_400, -1, 0.2, 0.2, 0, spec)
+    started = MemberStarted(2, "job", 0, "job/0", "process", "n0")
+    join = Join("job", "ranks", 0, "job/0", "process", 3, -1, 0, 0, [], 0)
+    context: zmq.Context[Any] = zmq.Context()
+    with seamarkd.lighthouse.serve() as served:
+        wait_for("the lighthouse to be idle", lambda: shells[0]._period == 3_600.0)
+        agent = make_socket(context, zmq.DEALER, identity=b"agent")
+        agent.connect(served.address)
+        for message in (roster, started, join):
+            agent.send_multipart(encode(message))
+        answers = []
+        while not answers or not isinstance(answers[-1], QuorumAnswer):
+            assert agent.poll(10_000), f"nobody comes for job/1, and only these were answered: {answers}"
+            answers.append(decode(agent.recv_multipart()))
+        assert [member.member for member in answers[-1].members] == ["job/0"]
+        agent.close()
+    context.term()
 
 
 def test_a_caller_that_gave_up_is_in_no_quorum() -> None:

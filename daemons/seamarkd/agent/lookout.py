@@ -11,8 +11,9 @@ from seamarkd.agent.ground import Ground
 
 log = logging.getLogger(__name__)
 
-PROGRESS_INTERVAL = 0.5
-HANG_INTERVAL = 0.25
+PROGRESS_INTERVAL = 1.0
+HANG_INTERVAL = 0.5
+"""Seconds. Time-outs are tens of seconds, and each look wakes up a processor that trains."""
 
 
 class Lookout:

@@ -41,7 +41,8 @@ from seamarkd.tally import ages
 
 log = logging.getLogger(__name__)
 
-TICK = 0.1
+LONGEST_TICK = 0.5
+"""Seconds until reports that nobody has acknowledged are looked at, where beats are rarer."""
 BEAT_INTERVAL = 0.1
 """Seconds between two beats until the lighthouse says how many it wants."""
 COORDINATOR_BEAT_INTERVAL = 0.5
@@ -266,7 +267,8 @@ class Wires:
         for job in untold:
             self._lighthouse.send(SnapshotRequest(0, job))
         self._perform(self._core.reports.due(time.monotonic()))
-        return TICK
+        # With a beat, so that both share a wake-up.
+        return min(self._beat_interval, LONGEST_TICK)
 
 
 def _of_a_worker(user: str, message: Message) -> Refusal | None:

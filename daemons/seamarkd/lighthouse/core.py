@@ -144,6 +144,11 @@ class Lighthouse:
             case _:
                 return False
 
+    @property
+    def waits(self) -> bool:
+        """True while time alone may change something for a member; of nodes it does so from beat to beat."""
+        return bool(self.replicas) or any(group.waits for group in self.groups.values())
+
     def tick(self, now: float) -> list[Effect]:
         """What time alone completes."""
         effects, lost = self.nodes.tick(now)

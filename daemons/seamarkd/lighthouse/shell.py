@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 TICK = 0.1
 """Seconds; the quorum tick of torchft. Only time-outs wait for it, everything else is answered at the event."""
-EVENT_BEAT_TICKS = 2
-"""A restart of this daemon is seen by the epoch in its next beat, and a lost last event by its number."""
+EVENT_BEAT = 0.2
+"""Seconds. A restart of this daemon is seen by the epoch in its next beat, and a lost last event by its number."""
 PROBE_TIMEOUT = 0.2
 PROBE_AGAIN = 0.05
 """Seconds after which another connection is tried beside: the kernel repeats a lost SYN only after a second."""
@@ -90,11 +90,13 @@ class LighthouseShell:
         self._closed = False
         self._probes: set[asyncio.Task[None]] = set()
         self._since = time.monotonic()
-        self._ticks = 0
+        # Where nodes are wanted to beat more slowly, and nobody waits for anything, nothing is due more often either.
+        self._idle_tick = max(TICK, beat_interval)
+        self._event_beat = max(EVENT_BEAT, beat_interval)
+        self._event_beat_due = 0.0
         self._lateness = (0.0, 0.0)
         self._lateness_since = self._since
-        self._due = next_beat(self._loop.time(), TICK)
-        self._timer = self._loop.call_at(self._due, self._tick)
+        self._tick_in(TICK)
 
     def close(self) -> None:
         """Stops serving; may be called twice."""
@@ -151,6 +153,14 @@ class LighthouseShell:
             self._requests.send(status, route)
             return
         self._perform(self.core.handle(time.monotonic(), route, message))
+        if self._period > TICK and self.core.waits:
+            self._timer.cancel()
+            self._tick_in(TICK)
+
+    def _tick_in(self, period: float) -> None:
+        self._period = period
+        self._due = next_beat(self._loop.time(), period)
+        self._timer = self._loop.call_at(self._due, self._tick)
 
     def _tick(self) -> None:
         late = self._loop.time() - self._due
@@ -159,11 +169,10 @@ class LighthouseShell:
             # Beats that were not read yet are nobody's silence, either.
             self.core.late(time.monotonic(), max(late, TICK))
         self._perform(self.core.tick(time.monotonic()))
-        self._ticks += 1
-        if self._ticks % EVENT_BEAT_TICKS == 0:
+        if self._loop.time() >= self._event_beat_due:
             self._events.send(self.core.event_beat(), EVENT_BEAT_TOPIC)
-        self._due = next_beat(self._loop.time(), TICK)
-        self._timer = self._loop.call_at(self._due, self._tick)
+            self._event_beat_due = next_beat(self._loop.time(), self._event_beat)
+        self._tick_in(TICK if self.core.waits else self._idle_tick)
 
     def _note(self, late: float) -> None:
         if time.monotonic() - self._lateness_since > LATENESS_KEPT:
