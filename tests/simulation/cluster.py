@@ -356,7 +356,7 @@ class Host(Peer):
         self.soon(0.05, self.reach_coordinator)
 
     def _adopt(self, job: Job) -> None:
-        known = {one: (1, 1.0) for one in self.workers if one not in self._forgotten}
+        known = {one: (1, worker.forked_at) for one, worker in self.workers.items() if one not in self._forgotten}
         self.perform(self.core.adopt(self.cluster.now, job, known))
         for incarnation in known:
             worker = self.workers[incarnation]
@@ -541,7 +541,8 @@ class Host(Peer):
             return
         if incarnation not in self.workers:
             self.workers[incarnation] = Worker(self, member, incarnation, job.roster.generation)
-        self.perform(self.core.places.worker_started(self.cluster.now, JOB, incarnation, 1, self.cluster.now))
+        forked_at = self.workers[incarnation].forked_at
+        self.perform(self.core.places.worker_started(self.cluster.now, JOB, incarnation, 1, forked_at))
 
 
 class Worker:
@@ -553,6 +554,7 @@ class Worker:
         self.member = member
         self.incarnation = incarnation
         self.generation = generation
+        self.forked_at = self.cluster.now
         self.iteration = -1
         self.completed = False
         self.status: int | None = None

@@ -592,6 +592,23 @@ def test_a_replacement_that_joins_while_its_predecessor_s_loss_is_deferred_is_no
     assert [one.iteration for one in bench.published(QuorumEvent)] == [6]
 
 
+def test_who_is_announced_after_a_deferred_loss_that_names_nobody_has_the_slot(
+    of_two_nodes: Bench,
+) -> None:
+    bench = of_two_nodes
+    bench.do(bench.group.recall(bench.now, recall(5, node="n0")))
+    announce(bench, 0, 1)
+    bench.group.defer(MemberLost(0, "job", 0, "job/1", "job/1#0", KILLED, -1.0, bench.now, "placement"))
+    bench.incarnations["job/1"] = "job/1#1"
+    announce(bench, 1)
+    bench.do(bench.group.recall(bench.now, recall(5, node="n1")))
+    announce(bench, 2, 3)
+    assert [one.failure.incarnation for one in bench.published(FailureEvent)] == ["job/1#0"]
+    bench.last = dict.fromkeys(members(), 5)
+    bench.join(0, 1, 2, 3)
+    assert [len(one.members) for one in bench.published(QuorumEvent)] == [WORLD]
+
+
 def test_members_of_a_node_that_was_given_up_come_back_with_it(running: Bench) -> None:
     running.do(running.group.node_lost(running.now, "n0"))
     assert len(running.published(FailureEvent)) == 4

@@ -157,9 +157,7 @@ class Group:
             return []
         effects: list[Effect] = []
         deferred = self._recall.take_deferred()
-        losses = [one for one in deferred if isinstance(one, MemberLost)]
-        begin_chains(losses, self.membership, self._requests.answered.keys())
-        for report in deferred:
+        for report in begin_chains(deferred, self.membership, self._requests.answered.keys()):
             effects += self.lost(now, report) if isinstance(report, MemberLost) else self.store_lost(now, report)
         for _, request in list(self._requests.joins.values()):
             effects += self._unexplained(now, request)

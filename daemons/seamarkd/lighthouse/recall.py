@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+from msgspec.structs import replace
+
 from seamark.protocol.messages import Failure, MemberLost, StoreLost
 from seamarkd.lighthouse.incidents import away
 from seamarkd.lighthouse.membership import Membership
@@ -85,13 +87,24 @@ class Recall:
         return found
 
 
-def begin_chains(losses: list[MemberLost], membership: Membership, answered: Set[str]) -> None:
-    """Who died while recalling filled the slot when that began, though its replacement was announced meanwhile."""
-    first: dict[str, str] = {}
-    for report in losses:
-        if membership.reported(report) is not None:
-            first.setdefault(report.member, report.incarnation)
-    for member, incarnation in first.items():
-        state = membership.members[member]
-        if not state.lost and member not in answered:
-            state.incarnation = incarnation
+def begin_chains(
+    deferred: list[MemberLost | StoreLost], membership: Membership, answered: Set[str]
+) -> list[MemberLost | StoreLost]:
+    """The losses that were kept, as those who fill the slots now follow from them.
+
+    Who died while recalling filled the slot when that began, though its replacement was announced meanwhile. Who was
+    announced without being anybody's replacement, on a node that has its place again, follows who died last.
+    """
+    chains: dict[str, list[MemberLost]] = {}
+    for report in deferred:
+        if isinstance(report, MemberLost) and membership.reported(report) is not None:
+            chains.setdefault(report.member, []).append(report)
+    followed: dict[int, MemberLost] = {}
+    for member, chain in chains.items():
+        state, last = membership.members[member], chain[-1]
+        if state.lost or member in answered:
+            continue
+        announced, state.incarnation = state.incarnation, chain[0].incarnation
+        if announced and not last.replacement and all(one.incarnation != announced for one in chain):
+            followed[id(last)] = replace(last, replacement=announced)
+    return [followed.get(id(report), report) for report in deferred]
