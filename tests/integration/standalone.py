@@ -171,15 +171,15 @@ class Standalone(Run):
         return keeper
 
 
-def descendants_of(marker: str) -> list[str]:
-    """Command lines of living processes whose environment or arguments name this directory."""
+def descendants_of(marker: str) -> list[psutil.Process]:
+    """Living processes whose environment or arguments name this directory."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and (
                 marker in " ".join(process.cmdline()) or marker in process.environ().get("XDG_STATE_HOME", "")
             ):
-                found.append(" ".join(process.cmdline()))
+                found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
     return found

@@ -210,6 +210,16 @@ class Following:
         assert self.process.wait(30.0) == -signal.SIGTERM
 
 
+def watches(agent: int, worker: int) -> bool:
+    """Whether an agent holds a pidfd of this process: what ended before nobody can tell the end of."""
+    found = set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for fd in Path(f"/proc/{agent}/fdinfo").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found |= {line for line in fd.read_text().splitlines() if line.startswith("Pid:")}
+    return f"Pid:\t{worker}" in found
+
+
 @contextmanager
 def suite(home: Path, *, env: dict[str, str] | None = None, **more: Any) -> Iterator[Suite]:
     """A suite that leaves nothing behind; ``env`` are more settings."""

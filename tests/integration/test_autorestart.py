@@ -233,14 +233,21 @@ def launched(
 
 
 def _of(mark: str) -> list[psutil.Process]:
+    """Its living processes; any of them may end while they are looked for."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get("XDG_RUNTIME_DIR", "").startswith(mark):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            own = process.pid != os.getpid() and process.environ().get("XDG_RUNTIME_DIR", "").startswith(mark)
+            if own and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    return found
+
+
+def _name(process: psutil.Process) -> str:
+    """Empty if it has ended meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -294,7 +301,7 @@ def test_a_monitors_death_ends_all_that_it_started(tmp_path: Path) -> None:
         job.monitors[0].kill()
         (pid,) = job.pids(0)
         wait_for("the child to end", lambda: not psutil.pid_exists(pid))
-        wait_for("the others to end", lambda: [one for one in _of(str(tmp_path)) if one.name() != "sleep"] == [])
+        wait_for("the others to end", lambda: {_name(one) for one in _of(str(tmp_path))} <= {"sleep"})
         # What a script starts is its own; here, the test's.
         for left in _of(str(tmp_path)):
             left.kill()

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from standalone import DEADLINE, TRAINING, Run, standalone, wait_for
-from suite import Suite, suite
+from suite import Suite, suite, watches
 
 from harness import results
 from seamarkd.exits import NOT_STARTED, UNKNOWN_STATUS
@@ -131,7 +131,9 @@ class Faults:
         process = report["pid"]
         if report["event"] != "step" or not lives(process):
             return False
-        watched = _has_keeper(process) or all(self.cluster.programs()[name].pid for name in NODES)
+        # An agent that was started anew sees nothing before it has taken its workers up.
+        agents = [self.cluster.programs()[name].pid for name in NODES]
+        watched = _has_keeper(process) or any(watches(agent, process) for agent in agents)
         number = self.chance.choice(list(ENDS))
         try:
             os.kill(process, number)

@@ -5,12 +5,14 @@ The ``ssh`` that comes first in PATH runs each command in directories of its own
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from standalone import descendants_of, wait_for
 
@@ -32,6 +34,15 @@ total = torch.ones(1)
 dist.all_reduce(total)
 pathlib.Path(os.environ["OUT"], os.environ["RANK"]).write_text(f"{int(total)} {os.environ['SEAMARK_NODE']}")
 """
+
+
+def killed(marker: str) -> list[psutil.Process]:
+    """Kills what there is with this directory in its environment or arguments."""
+    found = descendants_of(marker)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return found
 
 
 @pytest.mark.parametrize("keyed", [False, True], ids=["in the clear", "with keys"])
@@ -79,6 +90,9 @@ def test_two_hosts_up_a_job_across_both_and_down(tmp_path_factory: pytest.TempPa
                 return '"revoked_key"' in script("ssh", head, f"env {suite} seamark status --json || true")
 
             wait_for("the head to refuse the second host's agent", refused)
-    finally:
         script(str(SCRIPTS / "cluster-down.sh"), str(home / "hostfile"))
+    except BaseException:
+        # Whatever state it was left in: nobody else would end it.
+        wait_for("nothing to be left", lambda: not killed(str(home)), 20.0)
+        raise
     wait_for("processes of both hosts to end", lambda: not descendants_of(str(home)), 20.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from standalone import Run, wait_for
-from suite import Suite, suite
+from suite import Suite, suite, watches
 
 pytestmark = pytest.mark.suite
 
@@ -61,16 +61,6 @@ def lose_keeper(cluster: Suite, run: Run) -> None:
 
 def end(run: Run, number: int, code: int) -> None:
     (run.home / f"end-{number}").write_text(str(code))
-
-
-def watches(agent: int, worker: int) -> bool:
-    """Whether an agent holds a pidfd of this process: what ended before nobody can tell the end of."""
-    found = set()
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for fd in Path(f"/proc/{agent}/fdinfo").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                found |= {line for line in fd.read_text().splitlines() if line.startswith("Pid:")}
-    return f"Pid:\t{worker}" in found
 
 
 def stores(cluster: Suite) -> list[psutil.Process]:
@@ -133,6 +123,7 @@ def test_a_keeper_that_does_not_answer_keeps_no_agent_from_serving(cluster: Suit
     assert (worker["pid"], worker["alive"]) == (pid, True)
     wait_for("the end of that keeper", lambda: keeper not in cluster.keepers(run.name))
     assert psutil.pid_exists(pid), "its worker lives on"
+    wait_for("the agent to watch it", lambda: watches(cluster.programs()["agent-0"].pid, pid))
     end(run, 0, 46)
     life(run, 1)
     if KEEPS_EXITS:
