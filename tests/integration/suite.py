@@ -137,7 +137,7 @@ class Suite:
         """kill -9 of these daemons; returns once each has a successor."""
         before = self.programs()
         for name in names:
-            os.kill(before[name].pid, signal.SIGKILL)
+            _kill(before[name])
         self._wait_replaced(before, names)
 
     def _wait_replaced(self, before: dict[str, Program], names: tuple[str, ...]) -> None:
@@ -155,7 +155,7 @@ class Suite:
         supervisord.suspend()
         try:
             for name in names:
-                os.kill(programs[name].pid, signal.SIGKILL)
+                _kill(programs[name])
             yield
         finally:
             supervisord.resume()
@@ -176,7 +176,7 @@ class Suite:
         supervisord.kill()
         for program in programs.values():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(program.pid, signal.SIGKILL)
+                _kill(program)
         wait_for("them to end", lambda: not any(Path(f"/proc/{program.pid}").exists() for program in programs.values()))
         self.command("status", code=2)
 
@@ -208,6 +208,12 @@ class Following:
     def close(self) -> None:
         self.process.terminate()
         assert self.process.wait(30.0) == -signal.SIGTERM
+
+
+def _kill(program: Program) -> None:
+    # One that is down has 0 for a process id, which would be this process's own group.
+    if program.pid:
+        os.kill(program.pid, signal.SIGKILL)
 
 
 def watches(agent: int, worker: int) -> bool:
