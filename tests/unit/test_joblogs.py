@@ -138,7 +138,7 @@ def test_who_failed_by_itself(
 )
 def test_the_last_lines(text: bytes, lines: int, expected: bytes) -> None:
     with file_of(text) as file:
-        assert text[start_of_last(file, lines) :] == expected
+        assert text[start_of_last(file, lines, len(text)) :] == expected
 
 
 @given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), max_size=30), st.integers(1, 12))
@@ -147,7 +147,7 @@ def test_the_last_lines_are_those_of_a_simple_reading_whatever_the_block(lines: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(joblogs, "BLOCK", 4)
         with file_of(text) as file:
-            start = start_of_last(file, wanted)
+            start = start_of_last(file, wanted, file.seek(0, os.SEEK_END))
     assert text[start:] == b"".join(line + b"\n" for line in lines[-wanted:])
 
 
@@ -177,6 +177,17 @@ def test_of_a_file_whose_beginning_is_gone_the_rest_is_shown(tmp_path: Path, lin
     first = 10_000 - len(shown)
     assert shown == numbered(range(first, 10_000)).splitlines()
     assert len(shown) == lines if lines == 3 else 32_768 // 13 <= len(shown) <= (32_768 + 4_096) // 13
+
+
+def test_the_last_lines_are_those_of_the_beginning_and_who_follows_gets_the_others_next(tmp_path: Path) -> None:
+    path = tmp_path / "rank_0.log"
+    path.write_bytes(numbered(range(10)))
+    tail = Tail(path)
+    last = tail.begin(3)
+    with path.open("ab") as file:
+        file.write(numbered(range(10, 15)))
+    assert list(last) == numbered(range(7, 10)).splitlines()
+    assert list(tail.read()) == numbered(range(10, 15)).splitlines()
 
 
 def test_who_follows_a_file_whose_beginning_goes_sees_no_line_twice_and_no_half_one(tmp_path: Path) -> None:

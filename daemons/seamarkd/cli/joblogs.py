@@ -204,14 +204,16 @@ class Tail:
     _partial: bytes = field(default=b"", init=False)
 
     def begin(self, lines: int | None) -> Iterator[bytes]:
-        """The last ``lines`` lines of what is there, or all of them."""
+        """The last ``lines`` lines of what is there, or all of them; what is written meanwhile is none of the last."""
+        end = None
         if lines is not None:
             with suppress(FileNotFoundError), self.path.open("rb", buffering=0) as file:
-                self.offset = start_of_last(file, lines)
-        return self.read()
+                end = file.seek(0, os.SEEK_END)
+                self.offset = start_of_last(file, lines, end)
+        return self.read(end)
 
-    def read(self) -> Iterator[bytes]:
-        """The whole lines that were added since; from the beginning again if the file was cut."""
+    def read(self, end: int | None = None) -> Iterator[bytes]:
+        """The whole lines that were added since, or up to an offset; from the beginning again if the file was cut."""
         try:
             file = self.path.open("rb", buffering=0)
         except FileNotFoundError:
@@ -220,6 +222,8 @@ class Tail:
             size = os.fstat(file.fileno()).st_size
             if size < self.offset:
                 self.offset, self._partial = 0, b""
+            elif end is not None:
+                size = min(size, end)
             while self.offset < size and not self.passed_over and (block := self._block(file, size)):
                 self.offset += len(block)
                 *whole, self._partial = (self._partial + block).split(b"\n")
@@ -268,9 +272,8 @@ def next_line(file: FileIO, offset: int) -> int:
     return offset
 
 
-def start_of_last(file: FileIO, lines: int) -> int:
-    """The offset at which the last ``lines`` lines begin; read from the end, because logs get long."""
-    size = file.seek(0, os.SEEK_END)
+def start_of_last(file: FileIO, lines: int, size: int) -> int:
+    """The offset at which the last ``lines`` lines before ``size`` begin; read from the end, because logs get long."""
     if lines == 0:
         return size
     beginning = first_byte(file)
