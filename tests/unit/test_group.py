@@ -972,6 +972,19 @@ def test_who_was_away_while_the_others_went_on_is_called_back_by_a_new_lighthous
     assert [one.failure.cause.kind for one in spread.published(FailureEvent)] == ["stuck", "joined"]
 
 
+def test_who_is_new_on_a_node_that_was_away_was_not_away_itself(spread: Bench) -> None:
+    spread.group = Group("job", RANKS, EventLog("job", 2), 2 << 32, lambda node: spread.now)
+    again = msgspec.structs.replace(placed(0, r2="n1", r3="n1"), running=True)
+    spread.do(spread.group.set_roster(spread.now, again))
+    spread.do(spread.group.recall(spread.now, LastQuorum(0, "job", 0, 5, 0, 0, members(), False, "n1")))
+    spread.do(spread.group.recall(spread.now, LastQuorum(0, "job", 0, 6, 1, 1, members()[:2], False, "n0")))
+    for rank in (0, 1):
+        spread.start(f"job/{rank}")
+    spread.now += 6.0
+    spread.start("job/2")
+    assert spread.published(FailureEvent) == []
+
+
 def test_survivors_wait_for_the_placement_of_ranks_whose_node_drains_too(spread: Bench) -> None:
     spread.do(spread.group.set_roster(spread.now, placed(1, r2="n2", r3="n2")))
     newcomer(spread, 2, 3)

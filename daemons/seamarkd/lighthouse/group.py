@@ -138,7 +138,7 @@ class Group:
         self._recall.heard(last.node)
         if last.generation < generation or not last.members:
             return self._all_heard(now)
-        self._recall.was_in(last.node, last.iteration)
+        self._recall.was_in(now, last.node, last.iteration)
         self.session.recall(last)
         return self._all_heard(now)
 
@@ -174,6 +174,8 @@ class Group:
 
     def started(self, now: float, report: MemberStarted) -> list[Effect]:
         """A slot has a new process, or a lighthouse that was started anew hears of the one that it has."""
+        if not self.recalling:
+            self._recall.forget_deserted(now)
         self.membership.started(now, report)
         return self._call_back(now)
 

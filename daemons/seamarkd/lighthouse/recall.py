@@ -14,6 +14,10 @@ from seamark.protocol.messages import Failure, MemberLost, StoreLost
 from seamarkd.lighthouse.incidents import away
 from seamarkd.lighthouse.membership import Membership
 
+ANNOUNCING = 5.0
+"""Seconds after its last quorum in which a node has said who lives there, repeated reports included. Who is announced
+later is new, and was in no iteration before."""
+
 
 class Recall:
     """The nodes of a group that are to be heard.
@@ -25,8 +29,8 @@ class Recall:
     def __init__(self) -> None:
         self.until = 0.0
         self._unheard: set[str] = set()
-        self._iterations: dict[str, int] = {}
-        """By node: the iteration that it was in last."""
+        self._iterations: dict[str, tuple[int, float]] = {}
+        """By node: the iteration that it was in last, and when it said so."""
         self._deferred: dict[str, MemberLost | StoreLost] = {}
 
     @property
@@ -48,9 +52,13 @@ class Recall:
         """This one was."""
         self._unheard.discard(node)
 
-    def was_in(self, node: str, iteration: int) -> None:
+    def was_in(self, now: float, node: str, iteration: int) -> None:
         """The iteration that its workers were in last."""
-        self._iterations[node] = iteration
+        self._iterations[node] = (iteration, now)
+
+    def forget_deserted(self, now: float) -> None:
+        """Nobody lives on those nodes that have not said so by now."""
+        self._iterations = {node: one for node, one in self._iterations.items() if now - one[1] <= ANNOUNCING}
 
     def give_up(self) -> None:
         """Those that were not heard are waited for no longer."""
@@ -77,7 +85,7 @@ class Recall:
             active: the members of the last quorum.
         """
         found: list[Failure] = []
-        for node, last in list(self._iterations.items()):
+        for node, (last, _) in list(self._iterations.items()):
             here = [one for one in membership.on_node(node) if one.slot.member in membership.living]
             if not here:
                 continue
